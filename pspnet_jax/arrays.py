@@ -1,0 +1,64 @@
+"""The arrays that flow through the program, named as types.
+
+* Shapes are part of the types; the tests check them on every call (jaxtyping with beartype).
+* Images travel as uint8 RGB, rows first; they are normalized on the device (a quarter of the bytes).
+* Labels are train ids: 0 .. num_classes - 1, and 255 (`IGNORE_LABEL`) for pixels that do not count.
+* The containers are plain named tuples: JAX and Grain see a tree of arrays, readers see names.
+"""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Float32, Int32, Shaped, UInt8
+
+IGNORE_LABEL = 255
+"""The one ignore label inside the program. Raw ids of data sets are mapped once, in `catalog`."""
+
+type_of_array = jax.Array | np.ndarray
+
+RawImage = UInt8[type_of_array, "height width 3"]
+"""One photograph: RGB, 0 .. 255."""
+LabelMap = UInt8[type_of_array, "height width"]
+"""One mask of train ids, or one predicted class map."""
+
+RawImages = UInt8[type_of_array, "batch height width 3"]
+Images = Float[type_of_array, "batch height width 3"]
+"""Normalized images: (RGB - mean) / standard deviation."""
+Labels = UInt8[type_of_array, "batch height width"]
+Features = Float[type_of_array, "batch feature_height feature_width channels"]
+Logits = Float[type_of_array, "batch height width classes"]
+Probabilities = Float32[type_of_array, "batch height width classes"]
+PresenceLogits = Float[type_of_array, "batch classes"]
+Scalar = Shaped[type_of_array, ""]
+
+
+class Example(NamedTuple):
+    """One image with its mask, before batching."""
+
+    image: RawImage
+    labels: LabelMap
+    index: np.int32
+    """Position in the data set, so that errors and panels can name the file."""
+
+
+class Batch(NamedTuple):
+    """What one step consumes. The leading axis is the global batch, split over the devices."""
+
+    images: RawImages
+    labels: Labels
+    index: Int32[type_of_array, "batch"]
+    valid: Bool[type_of_array, "batch"]
+    """False for images that only fill up the last batch of an evaluation."""
+
+
+class Outputs(NamedTuple):
+    """What every network of this package returns, training or not; an absent head is None.
+
+    Logits have the resolution of the head (1/8 of the image at `output_stride` 8);
+    `resample.resize` brings them to image size, in the loss and in the segmenter.
+    """
+
+    logits: Logits
+    aux_logits: Logits | None = None
+    presence_logits: PresenceLogits | None = None

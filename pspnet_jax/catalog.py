@@ -1,0 +1,162 @@
+"""Label sets: the classes of a data set, their colors, and how its raw mask values become train ids.
+
+* One CSV per set in `labels/`, columns id,name,red,green,blue,raw_ids (several raw ids are separated by
+  spaces) and, optionally, group. The row with id 255 lists the raw values that are void.
+* Raw values are mapped here and nowhere else; 255 in a raw mask is always void, and a value that no row
+  lists is an error that names it.
+* Sources: names and colors of ADE20K as in the authors' code (github.com/hszhao/semseg, MIT), of CamVid
+  as in the SegNet tutorial's palette; `scenes` is ours.
+"""
+
+import csv
+import difflib
+import importlib.resources
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+
+from pspnet_jax.arrays import IGNORE_LABEL, LabelMap
+
+COLUMNS = ("id", "name", "red", "green", "blue", "raw_ids")
+MAX_CLASSES = 254
+_UNMAPPED = 254  # inside the look-up table only; train ids never reach it
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """The classes of a data set, in the order of their train ids."""
+
+    name: str
+    names: tuple[str, ...]
+    colors: tuple[tuple[int, int, int], ...]
+    raw_ids: tuple[tuple[int, ...], ...]
+    void_raw_ids: tuple[int, ...]
+    groups: tuple[str | None, ...]
+    crop_size: tuple[int, int] = field(default=(473, 473))
+    """Default training crop (height, width) in pixels."""
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.names)
+
+    @property
+    def table(self) -> UInt8[np.ndarray, "256"]:
+        """Raw value -> train id; `_UNMAPPED` where no row lists the value."""
+        table = np.full(256, _UNMAPPED, np.uint8)
+        table[[IGNORE_LABEL, *self.void_raw_ids]] = IGNORE_LABEL
+        for train_id, raw_ids in enumerate(self.raw_ids):
+            table[list(raw_ids)] = train_id
+        return table
+
+    @property
+    def palette(self) -> UInt8[np.ndarray, "256 3"]:
+        """Train id -> RGB; void and unused ids are black."""
+        palette = np.zeros((256, 3), np.uint8)
+        palette[: self.num_classes] = self.colors
+        return palette
+
+    def from_raw(self, mask: LabelMap) -> LabelMap:
+        """Train ids of a mask of raw values.
+
+        Raises:
+            ValueError: naming the values that the label set does not list.
+        """
+        labels = self.table[mask]
+        unmapped = labels == _UNMAPPED
+        if unmapped.any():
+            found = ", ".join(map(str, np.unique(mask[unmapped])[:10]))
+            listed = sorted({raw for ids in self.raw_ids for raw in ids} | set(self.void_raw_ids))
+            raise ValueError(
+                f"mask values {found} are out of range for label set '{self.name}' "
+                f"(it lists {listed[0]}..{listed[-1]}, and {IGNORE_LABEL} is void); "
+                "is data.labels the right one?"
+            )
+        return labels
+
+    def to_json(self) -> dict:
+        """Plain data for checkpoints; `LabelSet.from_json` reads it back."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+    @classmethod
+    def from_json(cls, data: dict) -> "LabelSet":
+        def as_tuple(value):
+            return tuple(map(as_tuple, value)) if isinstance(value, list | tuple) else value
+
+        return cls(**{name: as_tuple(value) for name, value in data.items()})
+
+
+# Default training crops that differ from 473 x 473.
+_CROP_SIZES = {"camvid": (353, 353), "scenes": (129, 129)}
+
+
+def built_in_names() -> tuple[str, ...]:
+    """Names of the label sets that come with the package."""
+    files = importlib.resources.files("pspnet_jax") / "labels"
+    return tuple(sorted(Path(f.name).stem for f in files.iterdir() if f.name.endswith(".csv")))
+
+
+def load_label_set(name_or_path: str) -> LabelSet:
+    """A built-in label set by name, or one's own from a CSV file.
+
+    Raises:
+        ValueError: for an unknown name (naming the nearest) or a malformed file (naming the row).
+    """
+    if name_or_path in built_in_names():
+        resource = importlib.resources.files("pspnet_jax") / "labels" / f"{name_or_path}.csv"
+        return _parse(name_or_path, resource.read_text(), _CROP_SIZES.get(name_or_path, (473, 473)))
+    path = Path(name_or_path)
+    if path.suffix == ".csv":
+        if not path.is_file():
+            raise ValueError(f"data.labels={name_or_path!r}: there is no such file")
+        return _parse(path.stem, path.read_text(), (473, 473))
+    nearest = difflib.get_close_matches(name_or_path, built_in_names(), n=1)
+    hint = f" (did you mean '{nearest[0]}'?)" if nearest else ""
+    raise ValueError(
+        f"data.labels={name_or_path!r} is neither a label set "
+        f"({', '.join(built_in_names())}) nor a .csv file{hint}"
+    )
+
+
+def _parse(name: str, text: str, crop_size: tuple[int, int]) -> LabelSet:
+    rows = list(csv.DictReader(text.splitlines()))
+    missing = [column for column in COLUMNS if not rows or column not in rows[0]]
+    if missing:
+        raise ValueError(
+            f"label set '{name}': columns {', '.join(missing)} are missing; "
+            f"the first line must be {','.join(COLUMNS)}"
+        )
+    try:
+        void = [row for row in rows if int(row["id"]) == IGNORE_LABEL]
+        classes = [row for row in rows if int(row["id"]) != IGNORE_LABEL]
+        colors = tuple((int(r["red"]), int(r["green"]), int(r["blue"])) for r in classes)
+        raw_ids = tuple(tuple(map(int, row["raw_ids"].split())) for row in classes)
+        void_raw_ids = tuple(raw for row in void for raw in map(int, row["raw_ids"].split()))
+        ids = [int(row["id"]) for row in classes]
+    except ValueError as error:
+        raise ValueError(f"label set '{name}': {error}; all but names must be whole numbers") from None
+    _check(name, ids, colors, [raw for group in (*raw_ids, void_raw_ids) for raw in group])
+    return LabelSet(
+        name=name,
+        names=tuple(row["name"] for row in classes),
+        colors=colors,
+        raw_ids=raw_ids,
+        void_raw_ids=void_raw_ids,
+        groups=tuple(row.get("group") or None for row in classes),
+        crop_size=crop_size,
+    )
+
+
+def _check(name: str, ids: list[int], colors: tuple, raw_ids: list[int]) -> None:
+    if ids != list(range(len(ids))) or not 2 <= len(ids) <= MAX_CLASSES:
+        raise ValueError(
+            f"label set '{name}': ids must count 0, 1, 2, ... (at least two, at most "
+            f"{MAX_CLASSES} classes), and {IGNORE_LABEL} for void; found {ids[:5]} ..."
+        )
+    repeated = sorted({raw for raw in raw_ids if raw_ids.count(raw) > 1})
+    if repeated:
+        raise ValueError(f"label set '{name}': raw ids {repeated} are listed twice")
+    wrong = [value for value in [*raw_ids, *sum(colors, ())] if not 0 <= value <= 255]
+    if wrong:
+        raise ValueError(f"label set '{name}': {wrong[:5]} are not within 0..255")

@@ -1,0 +1,202 @@
+"""Checkpoints of a run: `checkpoints/<8-digit step>/{model,optimizer}`, written by Orbax.
+
+* A step is visible only when it is complete: Orbax writes to a temporary folder and renames it.
+* `model` is all that is needed to use a network: parameters, batch statistics and a JSON description
+  (model options, label set, normalization, protocol). `optimizer` is what only training needs.
+* Every part carries a digest (SHA-256 over names, shapes and values), checked on every load, because
+  neither the disk nor the array format promises that what is read is what was written.
+* The latest two steps and the best one are kept; older ones go only after the new one was read back.
+* Trees are nested dictionaries with string keys, nothing else.
+"""
+
+import hashlib
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+Tree = dict
+NUM_LATEST = 2
+_STEP_FOLDER = re.compile(r"\d{8}")
+
+
+class CorruptCheckpointError(Exception):
+    """A checkpoint cannot be read, or its values are not those that were written."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What is known of a saved step without reading its arrays."""
+
+    digests: Mapping[str, str]
+    """Part -> SHA-256 in hexadecimal."""
+    mean_iou: float | None
+    """Of the evaluation at that step, where there was one."""
+
+
+class CheckpointFolder:
+    """The `checkpoints` folder of one run.
+
+    Saving is asynchronous; `wait` (called by the next save, too) finishes it, verifies the new step and
+    prunes the old ones. All processes of a distributed run must make the same calls.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path).absolute()
+        self._pending: tuple[int, object] | None = None
+
+    def steps(self) -> list[int]:
+        """Complete steps, ascending."""
+        if not self.path.is_dir():
+            return []
+        names = (entry.name for entry in self.path.iterdir() if entry.is_dir())
+        return sorted(int(name) for name in names if _STEP_FOLDER.fullmatch(name))
+
+    def folder(self, step: int) -> Path:
+        return self.path / f"{step:08d}"
+
+    def record(self, step: int) -> StepRecord:
+        """Digests and score of a step.
+
+        Raises:
+            CorruptCheckpointError: where they cannot be read.
+        """
+        try:
+            metadata = ocp.checkpointables_metadata(self.folder(step)).custom_metadata
+            return StepRecord(metadata["digests"], metadata["mean_iou"])
+        except Exception as error:
+            raise CorruptCheckpointError(f"{self.folder(step)}: {error}") from error
+
+    def best_step(self) -> int:
+        """The step with the highest mean IoU (the later of equals); the latest where none was evaluated."""
+        scored = [(self.record(step).mean_iou, step) for step in self._existing_steps()]
+        scored = [(score, step) for score, step in scored if score is not None]
+        return max(scored)[1] if scored else self.latest_step()
+
+    def latest_step(self) -> int:
+        return self._existing_steps()[-1]
+
+    def save(self, step: int, parts: Mapping[str, Tree], *, mean_iou: float | None) -> None:
+        """Start writing a step, after the previous one was finished."""
+        self.wait()
+        # Copies, because the caller's next step may reuse the buffers while this is being written.
+        host_parts = {name: jax.tree.map(_to_host_copy, part) for name, part in parts.items()}
+        digests = {name: digest(part) for name, part in host_parts.items()}
+        response = ocp.save_checkpointables_async(
+            self.folder(step),
+            host_parts,
+            overwrite=True,
+            custom_metadata={"digests": digests, "mean_iou": mean_iou},
+        )
+        self._pending = (step, response)
+
+    def wait(self) -> None:
+        """Finish, verify and prune; nothing where nothing is being written."""
+        if self._pending is None:
+            return
+        step, response = self._pending
+        self._pending = None
+        response.result()
+        for part in self.record(step).digests:
+            self.load(step, part)
+        self._prune()
+
+    def load(self, step: int, part: str, *, sharding: jax.sharding.Sharding | None = None) -> Tree:
+        """The arrays (and strings) of one part, placed by `sharding` (default: the first device).
+
+        Raises:
+            CorruptCheckpointError: where it cannot be read or its digest differs.
+        """
+        record = self.record(step)
+        sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        try:
+            stored = ocp.checkpointables_metadata(self.folder(step)).metadata[part]
+            target = jax.tree.map(lambda leaf: _abstract(leaf, sharding), stored)
+            tree = ocp.load_checkpointables(self.folder(step), {part: target})[part]
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise CorruptCheckpointError(f"{self.folder(step) / part}: {reason}") from error
+        if digest(tree) != record.digests.get(part):
+            raise CorruptCheckpointError(f"{self.folder(step) / part}: values differ from its digest")
+        return tree
+
+    def set_aside(self, step: int) -> Path:
+        """Rename a step that cannot be used, so that it is neither listed nor lost."""
+        target = self.folder(step).with_suffix(".corrupt")
+        shutil.rmtree(target, ignore_errors=True)
+        return self.folder(step).rename(target)
+
+    def remove_unfinished(self) -> None:
+        """Remove what a killed process left half written."""
+        for entry in self.path.glob("*.orbax-checkpoint-tmp*") if self.path.is_dir() else ():
+            shutil.rmtree(entry, ignore_errors=True)
+
+    def _existing_steps(self) -> list[int]:
+        steps = self.steps()
+        if not steps:
+            raise FileNotFoundError(f"{self.path} holds no checkpoint")
+        return steps
+
+    def _prune(self) -> None:
+        steps = self.steps()
+        kept = {*steps[-NUM_LATEST:], self.best_step()}
+        if jax.process_index() != 0:
+            return
+        for step in steps:
+            if step not in kept:
+                shutil.rmtree(self.folder(step))
+
+
+def digest(tree: Tree) -> str:
+    """SHA-256 over the names, types, shapes and bytes of all leaves."""
+    result = hashlib.sha256()
+    for name, leaf in flatten(tree).items():
+        text = isinstance(leaf, str)
+        array = np.frombuffer(leaf.encode(), np.uint8) if text else np.asarray(leaf)
+        result.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        result.update(array.tobytes())
+    return result.hexdigest()
+
+
+def flatten(tree: Tree, prefix: str = "") -> dict[str, object]:
+    """Dotted name -> leaf, sorted by name."""
+    leaves = {}
+    for key in sorted(tree):
+        if isinstance(tree[key], Mapping):
+            leaves |= flatten(tree[key], f"{prefix}{key}.")
+        else:
+            leaves[prefix + key] = tree[key]
+    return leaves
+
+
+def check_same_shapes(stored: Tree, wanted: Tree, *, where: str) -> None:
+    """Raise ValueError listing every parameter that is missing, left over or of another shape."""
+    old, new = (
+        {name: tuple(np.shape(x)) for name, x in flatten(tree).items()} for tree in (stored, wanted)
+    )
+    faults = [f"{name} is not in the checkpoint" for name in new if name not in old]
+    faults += [f"{name} is not in the network" for name in old if name not in new]
+    faults += [
+        f"{name} is {old[name]} in the checkpoint and {new[name]} in the network"
+        for name in new
+        if name in old and old[name] != new[name]
+    ]
+    if faults:
+        shown = "\n  ".join(faults[:20] + ([f"... and {len(faults) - 20} more"] * (len(faults) > 20)))
+        raise ValueError(f"{where} does not fit this network:\n  {shown}")
+
+
+
+def _to_host_copy(leaf: object) -> object:
+    return leaf if isinstance(leaf, str) else np.array(leaf)
+
+
+def _abstract(leaf: object, sharding: jax.sharding.Sharding) -> object:
+    if not hasattr(leaf, "shape"):
+        return leaf  # a string: Orbax's metadata stands for itself
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

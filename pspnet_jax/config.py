@@ -1,0 +1,201 @@
+"""Every option of a run on one page, in the order of the flow.
+
+* A config file (`configs/*.py`) starts from `default_config()` and states only what differs.
+* None means: take the value of the family, of the recipe or of the label set; config.json of a run
+  holds what that was.
+* `validate` checks types and ranges and lists every offender at once. What only a module can know
+  (does this family have that backbone, does this crop fit) that module checks when it is made.
+"""
+
+import importlib.util
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def default_config() -> ConfigDict:
+    """All options with their defaults. Trailing comments give the unit and the constraint."""
+    config = ConfigDict()
+    config.name = placeholder(str)  # the run's folder is runs/<name>
+    config.seed = 0  # of initialization, order of images, augmentation, dropout; at least 0
+
+    data = config.data = ConfigDict()
+    data.source = "folder"  # folder | scenes
+    data.layout = "ade20k"  # of a folder: ade20k | camvid | pairs
+    data.root = placeholder(str)  # the folder that holds images and masks
+    data.labels = "ade20k"  # ade20k | camvid | scenes, or a CSV file id,name,red,green,blue,raw_ids
+    data.train_split = "training"  # name of a split in the layout
+    data.val_split = "validation"
+    data.crop_size = placeholder(tuple)  # (height, width), pixels, by the family's size rule
+    data.num_workers = 0  # loader processes; 0 = threads of this one
+
+    augment = config.augment = ConfigDict()
+    augment.recipe = "semseg"  # semseg | none
+    augment.scale_min = placeholder(float)  # factor, above 0
+    augment.scale_max = placeholder(float)  # factor, at least scale_min
+    augment.rotation_degrees = placeholder(float)  # drawn from +- this; 0..180
+    augment.rotation_probability = placeholder(float)  # 0..1
+    augment.blur_probability = placeholder(float)  # 0..1
+    augment.flip_probability = placeholder(float)  # 0..1
+
+    model = config.model = ConfigDict()
+    model.family = "semseg"  # semseg
+    model.backbone = "resnet50"  # resnet10 | 18 | 34 | 50 | 101 | 152 | 269
+    model.width = 64  # planes of the first stage; all other channels scale with it
+    model.stem = placeholder(str)  # deep | 7x7
+    model.output_stride = placeholder(int)  # image pixels per feature pixel: 8 | 16 | 32
+    model.first_block_dilation = placeholder(tuple)  # of stages 3 and 4
+    model.pyramid_bins = placeholder(tuple)  # bins per axis of each level; () = no pyramid
+    model.pyramid_pool = placeholder(str)  # average | max
+    model.pyramid_reduction = placeholder(bool)  # bring each level to 1/N of the channels
+    model.align_corners = placeholder(bool)  # rule of every bilinear resize
+    model.dropout_rate = placeholder(float)  # of whole channels, 0..1
+    model.initializer = placeholder(str)  # semseg
+    model.dtype = "float32"  # computed in: float32 | bfloat16
+    model.remat = False  # recompute blocks in the backward pass: less memory, more time
+    model.frozen_norm = False  # batch norm keeps its running statistics
+
+    loss = config.loss = ConfigDict()
+    loss.aux_weight = 0.4  # of the auxiliary head; at least 0
+
+    optimizer = config.optimizer = ConfigDict()
+    optimizer.name = "sgd"  # sgd
+    optimizer.learning_rate = 0.01  # of the backbone at step 0; above 0
+    optimizer.schedule = "poly"  # poly
+    optimizer.warmup_steps = 0  # steps over which the learning rate rises linearly
+    optimizer.power = 0.9  # of the poly schedule
+    optimizer.momentum = 0.9  # 0..1
+    optimizer.weight_decay = 1e-4  # on all parameters; at least 0
+    optimizer.head_multiplier = 10.0  # learning rate of the heads over that of the backbone
+
+    train = config.train = ConfigDict()
+    train.global_batch_size = 16  # images per step over all devices
+    train.num_steps = 126_300  # optimizer steps
+    train.log_every_steps = 50
+    train.evaluate_every_steps = 10_000  # and after the last step
+    train.checkpoint_every_steps = 1_000  # and at each evaluation
+
+    evaluate = config.evaluate = ConfigDict()
+    evaluate.split = placeholder(str)  # None = data.val_split
+    evaluate.protocol = "whole"  # whole
+    evaluate.flip = True  # average the probabilities of the image and its mirror image
+    evaluate.batch_size = 1  # images of equal size that go through together
+    return config
+
+
+_POSITIVE = (lambda x: x > 0, "above 0")
+_AT_LEAST_0 = (lambda x: x >= 0, "at least 0")
+_FRACTION = (lambda x: 0 <= x <= 1, "within 0..1")
+_COUNT = (lambda x: x >= 1, "at least 1")
+_PAIR = (
+    lambda x: len(x) == 2 and all(isinstance(v, int) and v >= 1 for v in x),
+    "two whole numbers of at least 1",
+)
+
+
+def _one_of(*values: str) -> tuple[Callable[[str], bool], str]:
+    return (lambda x: x in values, "one of " + ", ".join(values))
+
+
+_CONSTRAINTS: dict[str, tuple[Callable, str]] = {
+    "seed": _AT_LEAST_0,
+    "data.source": _one_of("folder", "scenes"),
+    "data.layout": _one_of("ade20k", "camvid", "pairs"),
+    "data.crop_size": _PAIR,
+    "data.num_workers": _AT_LEAST_0,
+    "augment.recipe": _one_of("semseg", "none"),
+    "augment.scale_min": _POSITIVE,
+    "augment.scale_max": _POSITIVE,
+    "augment.rotation_degrees": (lambda x: 0 <= x <= 180, "within 0..180"),
+    "augment.rotation_probability": _FRACTION,
+    "augment.blur_probability": _FRACTION,
+    "augment.flip_probability": _FRACTION,
+    "model.width": _COUNT,
+    "model.first_block_dilation": _PAIR,
+    "model.pyramid_bins": (
+        lambda x: all(isinstance(v, int) and v >= 1 for v in x),
+        "whole numbers of at least 1",
+    ),
+    "model.dropout_rate": (lambda x: 0 <= x < 1, "within 0..1, 1 excluded"),
+    "loss.aux_weight": _AT_LEAST_0,
+    "optimizer.name": _one_of("sgd"),
+    "optimizer.learning_rate": _POSITIVE,
+    "optimizer.schedule": _one_of("poly"),
+    "optimizer.warmup_steps": _AT_LEAST_0,
+    "optimizer.power": _AT_LEAST_0,
+    "optimizer.momentum": (lambda x: 0 <= x < 1, "within 0..1, 1 excluded"),
+    "optimizer.weight_decay": _AT_LEAST_0,
+    "optimizer.head_multiplier": _POSITIVE,
+    "train.global_batch_size": _COUNT,
+    "train.num_steps": _COUNT,
+    "train.log_every_steps": _COUNT,
+    "train.evaluate_every_steps": _COUNT,
+    "train.checkpoint_every_steps": _COUNT,
+    "evaluate.protocol": _one_of("whole"),
+    "evaluate.batch_size": _COUNT,
+}
+
+
+def validate(config: ConfigDict) -> None:
+    """Check every value that is set against its constraint.
+
+    Raises:
+        ValueError: listing all offenders, each with its value and what is possible.
+    """
+    faults = []
+    for name, (is_valid, requirement) in _CONSTRAINTS.items():
+        value = _get(config, name)
+        if value is not None and not is_valid(value):
+            faults.append(f"{name}={value!r} must be {requirement}")
+    augment = config.augment
+    if augment.scale_min and augment.scale_max and augment.scale_min > augment.scale_max:
+        faults.append("augment.scale_min must not be above augment.scale_max")
+    if config.name is None or "/" in config.name:
+        faults.append(f"name={config.name!r} must be the name of a folder")
+    if faults:
+        raise ValueError("the config has faults:\n  " + "\n  ".join(faults))
+
+
+def option_names(config: Mapping | None = None, prefix: str = "") -> list[str]:
+    """Dotted names of all options, e.g. 'train.num_steps'."""
+    names = []
+    for key, value in (default_config() if config is None else config).items():
+        nested = isinstance(value, Mapping | ConfigDict)
+        names += option_names(value, f"{prefix}{key}.") if nested else [prefix + key]
+    return names
+
+
+def read_config_file(path: str) -> ConfigDict:
+    """The config that the function `get_config` of a Python file returns."""
+    spec = importlib.util.spec_from_file_location("config_file", path)
+    if spec is None or spec.loader is None or not Path(path).is_file():
+        raise ValueError(f"--config={path}: there is no such Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as JSON text; tuples become lists."""
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    """The config that `to_json` wrote."""
+    config = default_config()
+    for section, values in json.loads(text).items():
+        if not isinstance(values, dict):
+            config[section] = values
+            continue
+        for key, value in values.items():
+            config[section][key] = tuple(value) if isinstance(value, list) else value
+    return config
+
+
+def _get(config: ConfigDict, name: str) -> object:
+    for key in name.split("."):
+        config = config[key]
+    return config

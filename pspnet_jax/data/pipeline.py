@@ -1,0 +1,109 @@
+"""Sources -> batches, with Grain.
+
+* Training reads one global stream: shuffle, repeat, augment, batch, and only then take this process's
+  part and skip to the first step. So the batches depend on the seed alone, not on the number of
+  processes or workers, and resuming reads no skipped image.
+* Evaluation reads every image once, in order, at its own size.
+* Loader processes never touch an accelerator and end when their parent does.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import cv2
+import grain
+import jax
+import numpy as np
+from absl import flags
+
+from pspnet_jax.arrays import Batch, Example
+from pspnet_jax.catalog import LabelSet
+from pspnet_jax.data.folders import FolderSource
+from pspnet_jax.data.scenes import Scenes
+
+NUM_THREADS = 2
+PREFETCHED_BATCHES = 4
+
+
+class Source(Protocol):
+    """Examples by position."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+def open_source(
+    kind: str, *, split: str, label_set: LabelSet, layout: str, root: str | None
+) -> Source:
+    """The examples of one split: `kind` 'folder' reads files, 'scenes' paints them."""
+    if kind == "scenes":
+        return Scenes(split)
+    return FolderSource(root, layout=layout, split=split, label_set=label_set)
+
+
+def training_batches(
+    source: Source,
+    augment: Callable[[Example, np.random.Generator], Example],
+    *,
+    global_batch_size: int,
+    seed: int,
+    first_step: int,
+    num_workers: int,
+) -> Iterator[Batch]:
+    """This process's part of every global batch from `first_step` on, without end.
+
+    Args:
+        global_batch_size: images per step over all processes.
+        seed: of the order of images and of augmentation.
+        first_step: 0, or the number of steps that were already taken.
+        num_workers: loader processes; 0 loads in threads of this one.
+    """
+    num_processes = jax.process_count()
+    stream = (
+        grain.MapDataset.source(source)
+        .seed(seed)
+        .shuffle()
+        .repeat(None)
+        .random_map(augment)
+        .batch(global_batch_size // num_processes, drop_remainder=True)
+    )
+    mine = stream[jax.process_index() :: num_processes].slice(slice(first_step, None))
+    # The reader stays small where worker processes do the reading: their buffers multiply.
+    options = grain.ReadOptions(num_threads=NUM_THREADS, prefetch_buffer_size=PREFETCHED_BATCHES)
+    batches = mine.to_iter_dataset(options)
+    if num_workers > 0:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain reads the global flags in front of its workers
+        batches = batches.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2),
+            worker_init_fn=_start_worker,
+        )
+    return map(_to_batch, batches)
+
+
+def evaluation_examples(source: Source) -> Iterator[Example]:
+    """Every example once, in order, read ahead in threads."""
+    options = grain.ReadOptions(num_threads=NUM_THREADS, prefetch_buffer_size=8)
+    return iter(grain.MapDataset.source(source).to_iter_dataset(options))
+
+
+def _to_batch(examples: Example) -> Batch:
+    """Grain has stacked the fields; a training batch has no padding."""
+    valid = np.ones(len(examples.index), bool)
+    return Batch(examples.image, examples.labels, np.asarray(examples.index, np.int32), valid)
+
+
+def _start_worker(worker_index: int, num_workers: int) -> None:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    cv2.setNumThreads(0)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)

@@ -1,0 +1,223 @@
+"""The command line: `python -m pspnet_jax.main [VERB] ...`, or `pspnet [VERB] ...`; no verb means train.
+
+* Each verb has its own flags, so `VERB --help` is short and a foreign flag or a leftover word is an error.
+* Nothing heavy is imported before the flags are read.
+* Exit codes: 0 done, 1 a fault in the data, the config or the checkpoint, 2 a fault in the command.
+"""
+
+import difflib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from pspnet_jax.config import option_names
+
+
+def define_train(values: flags.FlagValues, argv: list[str]) -> None:
+    _define_config(values, argv)
+    flags.DEFINE_string(
+        "workdir", None, "Folder of the run (default: runs/<name>).", flag_values=values
+    )
+
+
+def define_evaluate(values: flags.FlagValues, argv: list[str]) -> None:
+    _define_checkpoint(values)
+    _define_config(values, argv)
+    flags.DEFINE_string("split", None, "Split of the data (default: the config's).", flag_values=values)
+    flags.DEFINE_string(
+        "protocol", None, "Protocol: whole (default: the checkpoint's).", flag_values=values
+    )
+    flags.DEFINE_boolean(
+        "flip", None, "Average with the mirror image (default: the protocol's).", flag_values=values
+    )
+    flags.DEFINE_string(
+        "output", None, "Folder of the report (default: in the run).", flag_values=values
+    )
+
+
+def define_predict(values: flags.FlagValues, argv: list[str]) -> None:
+    _define_checkpoint(values)
+    flags.DEFINE_string("output", None, "Folder of the results.", flag_values=values)
+    flags.DEFINE_boolean("overwrite", False, "Replace results that exist.", flag_values=values)
+
+
+def run_train(values: flags.FlagValues, words: list[str]) -> None:
+    from pspnet_jax.train import train
+
+    config = values["config"].value
+    if config is None:
+        raise flags.ValidationError("--config=FILE is missing, e.g. --config=configs/scenes.py")
+    folder = train(config, Path(values["workdir"].value or Path("runs") / str(config.name)))
+    print(f"report: {folder / 'report.md'}\npicture: {folder / 'panels' / 'overview.png'}")
+
+
+def run_evaluate(values: flags.FlagValues, words: list[str]) -> None:
+    from pspnet_jax import evaluate
+
+    evaluate.run(
+        _required(values, "checkpoint"),
+        config=values["config"].value,
+        step=values["step"].value,
+        split=values["split"].value,
+        protocol=values["protocol"].value,
+        flip=values["flip"].value,
+        output=values["output"].value,
+    )
+
+
+def run_predict(values: flags.FlagValues, words: list[str]) -> None:
+    from pspnet_jax import predict
+
+    predict.run(
+        _required(values, "checkpoint"),
+        words,
+        output=_required(values, "output"),
+        overwrite=values["overwrite"].value,
+        step=values["step"].value,
+    )
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb: what it does, how it is called, its flags, its function."""
+
+    purpose: str
+    usage: str
+    define: Callable[[flags.FlagValues, list[str]], None]
+    run: Callable[[flags.FlagValues, list[str]], None]
+    takes_words: bool = False
+
+
+VERBS = {
+    "train": Verb(
+        "train a network, then evaluate it; the same command resumes",
+        "pspnet --config=configs/scenes.py [--workdir=DIR] [--config.train.num_steps=1000]",
+        define_train,
+        run_train,
+    ),
+    "evaluate": Verb(
+        "score a checkpoint on a split, with a report and pictures",
+        "pspnet evaluate --checkpoint=runs/scenes [--step=best|latest|N] [--noflip]",
+        define_evaluate,
+        run_evaluate,
+    ),
+    "predict": Verb(
+        "class maps, palette pictures and overlays of images",
+        "pspnet predict --checkpoint=runs/scenes --output=DIR [--overwrite] IMAGE_OR_FOLDER...",
+        define_predict,
+        run_predict,
+        takes_words=True,
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (default: this process's); returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] in (["--help"], ["-h"], ["help"]):
+        print(overview())
+        return 0
+    named = bool(argv) and not argv[0].startswith("-")
+    name, rest = (argv[0], argv[1:]) if named else ("train", argv)
+    if name not in VERBS:
+        return _fail(2, f"unknown verb '{name}'{_nearest(name, list(VERBS))}\n\n{overview()}")
+    verb = VERBS[name]
+    if "--help" in rest:
+        print(verb_help(name))
+        return 0
+    values = flags.FlagValues()
+    try:
+        verb.define(values, ["pspnet", *rest])
+        words = values(["pspnet", *rest])[1:]
+        if words and not verb.takes_words:
+            raise flags.Error(
+                f"leftover words: {' '.join(words)} (values are given as --option=value)"
+            )
+    except (flags.Error, AttributeError, KeyError, TypeError) as error:
+        return _fail(2, f"{_explain(error, rest)}\n\nusage: {verb.usage}")
+    return _run(verb, values, words)
+
+
+def overview() -> str:
+    """What `pspnet --help` prints."""
+    lines = ["pspnet: scene parsing with PSPNet in JAX", ""]
+    for name, verb in VERBS.items():
+        lines += [f"  {name:<10}{verb.purpose}", f"            {verb.usage}"]
+    return "\n".join([*lines, "", "pspnet VERB --help lists the flags of a verb."])
+
+
+def verb_help(name: str) -> str:
+    """What `pspnet VERB --help` prints."""
+    values = flags.FlagValues()
+    verb = VERBS[name]
+    verb.define(values, ["pspnet"])
+    lines = [f"pspnet {name}: {verb.purpose}", "", f"usage: {verb.usage}", ""]
+    for flag_name in sorted(values):
+        if flag_name in ("help", "helpshort", "helpfull", "helpxml", "flagfile", "undefok"):
+            continue
+        lines.append(f"  --{flag_name:<12}{values[flag_name].help}")
+    if "config" in values:
+        lines += ["", "options (--config.NAME=VALUE; explained in pspnet_jax/config.py):"]
+        lines += [f"  {option}" for option in option_names()]
+    return "\n".join(lines)
+
+
+def _define_config(values: flags.FlagValues, argv: list[str]) -> None:
+    config_flags.DEFINE_config_file(
+        "config", None, "Config file, e.g. configs/scenes.py.", flag_values=values, sys_argv=argv
+    )
+
+
+def _define_checkpoint(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("checkpoint", None, "Folder of a run.", flag_values=values)
+    flags.DEFINE_string("step", "best", "best, latest, or a step number.", flag_values=values)
+
+
+def _required(values: flags.FlagValues, name: str) -> str:
+    value = values[name].value
+    if value is None:
+        raise flags.ValidationError(f"--{name}=... is missing")
+    return value
+
+
+def _run(verb: Verb, values: flags.FlagValues, words: list[str]) -> int:
+    from pspnet_jax.checkpoint import CorruptCheckpointError
+    from pspnet_jax.metric_writer import log, log_to
+
+    log_to(None)
+    try:
+        verb.run(values, words)
+    except flags.ValidationError as error:
+        return _fail(2, f"{error}\n\nusage: {verb.usage}")
+    except (ValueError, FileNotFoundError, FileExistsError, CorruptCheckpointError) as error:
+        # The place in the code is for log.txt; whoever typed the command needs the sentence.
+        log.debug("stopped by", exc_info=True)
+        return _fail(1, str(error))
+    return 0
+
+
+def _explain(error: Exception, argv: list[str]) -> str:
+    text = str(error).strip("\"'")
+    for name in re.findall(r"--config\.([\w.]+)", " ".join(argv)):
+        if name not in option_names():
+            return f"unknown option --config.{name}{_nearest(name, option_names())}"
+    return text
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (did you mean '{match[0]}'?)" if match else ""
+
+
+def _fail(code: int, message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

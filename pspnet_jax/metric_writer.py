@@ -1,0 +1,109 @@
+"""Scalars of a run -> progress line, `metrics.jsonl`, TensorBoard.
+
+* One JSON object a line, with its `step`; what depends on the clock stands under `timing`, so that two
+  runs can be compared line by line.
+* On resume the lines after the restored step are dropped, and TensorBoard forgets them too.
+* Only the first process writes.
+"""
+
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+
+log = logging.getLogger("pspnet_jax")
+
+
+class MetricWriter:
+    """Writes the scalars of one run into its folder.
+
+    Args:
+        workdir: of the run.
+        first_step: steps after this one are forgotten (0 for a new run).
+    """
+
+    def __init__(self, workdir: Path, *, first_step: int, is_writer: bool = True):
+        self._file = None
+        if not is_writer:
+            return
+        workdir.mkdir(parents=True, exist_ok=True)
+        path = workdir / "metrics.jsonl"
+        _drop_rows_after(path, first_step)
+        self._file = path.open("a")
+        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+
+    def write(self, step: int, scalars: Mapping[str, float], *, timing: Mapping[str, float]) -> None:
+        """Append one row; values that are not finite become null in the JSON."""
+        if self._file is None:
+            return
+        row = {"step": step, **_finite(scalars), "timing": _finite(timing)}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in {**scalars, **timing}.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._tensorboard.close()
+            self._file = None
+
+
+def progress_line(
+    step: int, num_steps: int, scalars: Mapping[str, float], timing: Mapping[str, float]
+) -> str:
+    """Step, losses, learning rate, images per second and time left, for people."""
+    return (
+        f"step {step:>{len(str(num_steps))}}/{num_steps}  loss {scalars['loss']:.4f} "
+        f"(main {scalars['main_loss']:.4f}, aux {scalars['aux_loss']:.4f})  "
+        f"learning rate {scalars['learning_rate']:.2e}  "
+        f"{timing['images_per_second']:.1f} images/s  {_duration(timing['seconds_left'])} left"
+    )
+
+
+def log_to(path: Path | None) -> None:
+    """Send the package's messages to standard output and, where given, to a file."""
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    console = logging.StreamHandler(sys.stdout)
+    console.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(console)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(path)
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(file)
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    # A killed process may have left half a line; whatever does not parse was never read by anybody.
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append((json.loads(line)["step"], line))
+        except (json.JSONDecodeError, KeyError):
+            continue
+    kept = "".join(line + "\n" for row_step, line in rows if row_step <= step)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(kept)
+    os.replace(temporary, path)
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {k: float(v) if math.isfinite(v) else None for k, v in values.items()}
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

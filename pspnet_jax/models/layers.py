@@ -1,0 +1,182 @@
+"""The layers every network here is made of: convolution, batch normalization, channel dropout.
+
+* Feature maps are [batch, height, width, channels]; kernels are [height, width, in, out].
+* Padding is PyTorch's: dilation * (kernel_size - 1) / 2 on every side, never 'SAME' (which pads
+  asymmetrically where a stride meets an even size).
+* Parameters are float32; `dtype` is what is computed in. Batch statistics are always taken in float32.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Float
+
+from pspnet_jax.arrays import Features, type_of_array
+
+Kernel = Float[type_of_array, "kernel_height kernel_width in_channels out_channels"]
+RandomNumbers = np.random.Generator
+
+
+class Initializer(NamedTuple):
+    """How a convolution starts: functions (random numbers, kernel shape) -> values.
+
+    Drawn with NumPy: the same on every backend, and nothing to compile (with `jax.random` the
+    initialization of a network took longer than the compilation of its training step).
+    """
+
+    kernel: Callable[[RandomNumbers, tuple[int, ...]], np.ndarray]
+    bias: Callable[[RandomNumbers, tuple[int, ...]], np.ndarray]
+
+
+def _normal_fan_out(rng: RandomNumbers, shape: tuple[int, ...]) -> np.ndarray:
+    fan_out = shape[0] * shape[1] * shape[3]
+    return rng.standard_normal(shape, dtype=np.float32) * np.float32((2 / fan_out) ** 0.5)
+
+
+def _uniform_fan_in(rng: RandomNumbers, shape: tuple[int, ...], size: tuple[int, ...]) -> np.ndarray:
+    bound = (shape[0] * shape[1] * shape[2]) ** -0.5
+    return rng.uniform(-bound, bound, size).astype(np.float32)
+
+
+HE_FAN_OUT = Initializer(
+    kernel=_normal_fan_out, bias=lambda rng, shape: np.zeros(shape[-1], np.float32)
+)
+"""Normal with variance 2 / fan_out (He et al. 2015): ResNet backbones."""
+
+TORCH_DEFAULT = Initializer(
+    kernel=lambda rng, shape: _uniform_fan_in(rng, shape, shape),
+    bias=lambda rng, shape: _uniform_fan_in(rng, shape, shape[-1:]),
+)
+"""Uniform within 1 / sqrt(fan_in), kernel and bias: what PyTorch gives a convolution unasked."""
+
+
+def convolve(x: Features, kernel: Kernel, *, stride: int = 1, dilation: int = 1) -> Features:
+    """Cross-correlation of [batch, h, w, in] with [kh, kw, in, out], padded to keep the size at stride 1."""
+    padding = [(dilation * (size - 1) // 2,) * 2 for size in kernel.shape[:2]]
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(stride, stride),
+        padding=padding,
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+class Conv(nnx.Module):
+    """A convolution with a square kernel."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        use_bias: bool = False,
+        initializer: Initializer,
+        dtype: jnp.dtype,
+        rng: RandomNumbers,
+    ):
+        shape = (kernel_size, kernel_size, in_channels, out_channels)
+        self.kernel = nnx.Param(jnp.asarray(initializer.kernel(rng, shape)))
+        bias = initializer.bias(rng, shape) if use_bias else None
+        self.bias = None if bias is None else nnx.Param(jnp.asarray(bias))
+        self.stride, self.dilation, self.dtype = stride, dilation, dtype
+
+    def __call__(self, x: Features) -> Features:
+        kernel = self.kernel[...].astype(self.dtype)
+        y = convolve(x.astype(self.dtype), kernel, stride=self.stride, dilation=self.dilation)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class BatchNorm(nnx.Module):
+    """Batch normalization (Ioffe and Szegedy 2015) with PyTorch's statistics.
+
+    In training, y = (x - mean) / sqrt(variance + epsilon) * scale + bias with the mean and the *biased*
+    variance over batch, height and width, and the running values move by
+
+        running = (1 - momentum) * running + momentum * (mean, variance * n / (n - 1)).
+
+    * Under `jax.jit` with a batch split over devices the statistics are those of the global batch.
+    * The variance is taken in two passes in float32 (float64 where the input is): E[x^2] - E[x]^2
+      cancels when the mean is large.
+    * `frozen` uses the running values in training too and leaves them alone.
+
+    Raises:
+        ValueError: in training with a single value per channel, where the variance is 0.
+    """
+
+    def __init__(
+        self, channels: int, *, momentum: float = 0.1, epsilon: float = 1e-5, frozen: bool = False
+    ):
+        self.scale = nnx.Param(jnp.ones(channels))
+        self.bias = nnx.Param(jnp.zeros(channels))
+        self.mean = nnx.BatchStat(jnp.zeros(channels))
+        self.variance = nnx.BatchStat(jnp.ones(channels))
+        self.momentum, self.epsilon, self.frozen = momentum, epsilon, frozen
+
+    def __call__(self, x: Features, *, train: bool) -> Features:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if train and not self.frozen:
+            mean, variance = self._batch_statistics(wide)
+        else:
+            mean, variance = self.mean[...], self.variance[...]
+        scale = self.scale[...] * jax.lax.rsqrt(variance + self.epsilon)
+        y = (wide - _per_channel(mean)) * _per_channel(scale) + _per_channel(self.bias[...])
+        return y.astype(x.dtype)
+
+    def _batch_statistics(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        count = x.shape[0] * x.shape[1] * x.shape[2]
+        if count == 1:
+            raise ValueError(
+                "batch norm would see one value per channel (a batch of one image at a 1x1 map): "
+                "use a global batch of at least 2, or --config.model.frozen_norm=True"
+            )
+        mean = x.mean(axis=(0, 1, 2))
+        variance = jnp.square(x - _per_channel(mean)).mean(axis=(0, 1, 2))
+        self._move(self.mean, mean)
+        self._move(self.variance, variance * (count / (count - 1)))
+        return mean, variance
+
+    def _move(self, running: nnx.BatchStat, value: jax.Array) -> None:
+        old = running[...]
+        moved = old + self.momentum * (jax.lax.stop_gradient(value) - old)
+        running[...] = moved.astype(old.dtype)
+
+
+class ChannelDropout(nnx.Module):
+    """Dropout of whole channels of each image (PyTorch's Dropout2d); the rest is scaled by 1 / (1 - rate)."""
+
+    def __init__(self, rate: float):
+        self.rate = rate
+
+    def __call__(self, x: Features, *, train: bool, key: jax.Array | None) -> Features:
+        if not train or self.rate == 0:
+            return x
+        if key is None:
+            raise ValueError("dropout in training needs a key: model(images, train=True, key=...)")
+        kept = jax.random.bernoulli(key, 1 - self.rate, (x.shape[0], 1, 1, x.shape[3]))
+        return jnp.where(kept, x / (1 - self.rate), jnp.zeros((), x.dtype)).astype(x.dtype)
+
+
+def max_pool(x: Features) -> Features:
+    """3x3 maximum at stride 2 with one pixel of padding on every side (the stem of a ResNet)."""
+    return jax.lax.reduce_window(
+        x,
+        -jnp.inf,
+        jax.lax.max,
+        window_dimensions=(1, 3, 3, 1),
+        window_strides=(1, 2, 2, 1),
+        padding=((0, 0), (1, 1), (1, 1), (0, 0)),
+    )
+
+
+def _per_channel(x: jax.Array) -> jax.Array:
+    # Spelled out because the tests forbid silent rank promotion.
+    return x.reshape(1, 1, 1, -1)

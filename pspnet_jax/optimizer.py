@@ -1,0 +1,61 @@
+"""Stochastic gradient descent with the poly schedule, as the authors train.
+
+* PyTorch's form: v = momentum * v + (gradient + weight_decay * p); p = p - learning_rate * v. (Caffe
+  multiplies the learning rate into v; the two drift apart as the learning rate falls.)
+* Weight decay covers all parameters, norms and biases included.
+* Heads learn `head_multiplier` times as fast as the backbone.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from pspnet_jax.arrays import Scalar
+
+Schedule = Callable[[Scalar | int], Scalar]
+Path = tuple[str, ...]
+
+
+def poly_schedule(
+    learning_rate: float, *, power: float, num_steps: int, warmup_steps: int = 0
+) -> Schedule:
+    """learning_rate * (1 - step / num_steps) ** power, times (step + 1) / warmup_steps while warming up.
+
+    The first step (0) uses the full learning rate and 0 is reached only after the last one, as in the
+    authors' code (the paper gives power 0.9 and no warm-up).
+    """
+    poly = optax.polynomial_schedule(learning_rate, 0.0, power, num_steps)
+    if warmup_steps == 0:
+        return poly
+    return lambda step: poly(step) * jnp.minimum(1.0, (step + 1) / warmup_steps)
+
+
+def sgd(
+    schedule: Schedule,
+    *,
+    momentum: float,
+    weight_decay: float,
+    head_multiplier: float,
+    is_head: Callable[[Path], bool],
+) -> optax.GradientTransformation:
+    """SGD in PyTorch's form, with parameters for which `is_head(path)` moving `head_multiplier` times as far.
+
+    Args:
+        schedule: step -> learning rate of the backbone.
+        is_head: of a parameter's path of string keys.
+    """
+
+    def multiply_heads(updates: optax.Updates, params: optax.Params) -> optax.Updates:
+        def scale(path: tuple[jax.tree_util.DictKey, ...], update: jax.Array) -> jax.Array:
+            keys = tuple(key.key for key in path)
+            return update * head_multiplier if is_head(keys) else update
+
+        return jax.tree.map_with_path(scale, updates)
+
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay),
+        optax.sgd(schedule, momentum=momentum),
+        optax.stateless(multiply_heads),
+    )

@@ -1,0 +1,109 @@
+"""Adaptive pooling and bilinear resizing, as exact linear maps.
+
+* Both are constant matrices along each axis: exact for every size, no gather in the forward pass and
+  no scatter in the gradient.
+* Pooling bins are PyTorch's: bin i of n covers floor(i L / n) .. ceil((i + 1) L / n), so bins overlap
+  where n does not divide L. Where it does, the mean of a reshape is the same thing for less work.
+* `align_corners=True` maps the first and last sample onto each other (the authors' rule);
+  False is the half-pixel rule without anti-aliasing (`jax.image.resize(..., antialias=False)`).
+* Matrices are applied in float32 (float64 where the input is float64), whatever the input's precision.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Float64
+
+from pspnet_jax.arrays import Features
+
+Pair = tuple[int, int]
+
+
+def pooling_bins(size: int, num_bins: int) -> list[Pair]:
+    """Start and end of each bin of an adaptive pooling along one axis of `size` samples."""
+    return [(i * size // num_bins, -((i + 1) * size // -num_bins)) for i in range(num_bins)]
+
+
+def pooling_matrix(size: int, num_bins: int) -> Float64[np.ndarray, "bins size"]:
+    """The matrix M with M @ x = adaptive average pooling of x along one axis."""
+    matrix = np.zeros((num_bins, size))
+    for i, (start, end) in enumerate(pooling_bins(size, num_bins)):
+        matrix[i, start:end] = 1 / (end - start)
+    return matrix
+
+
+def resize_matrix(
+    size: int, new_size: int, *, align_corners: bool
+) -> Float64[np.ndarray, "new_size size"]:
+    """The matrix R with R @ x = bilinear resizing of x along one axis."""
+    target = np.arange(new_size)
+    if align_corners:
+        # A single output sample has no second corner: PyTorch takes the first input sample.
+        source = target * ((size - 1) / (new_size - 1) if new_size > 1 else 0.0)
+    else:
+        source = np.clip((target + 0.5) * size / new_size - 0.5, 0, size - 1)
+    lower = np.clip(np.floor(source).astype(int), 0, max(size - 2, 0))
+    upper = np.minimum(lower + 1, size - 1)
+    matrix = np.zeros((new_size, size))
+    matrix[target, lower] += 1 - (source - lower)
+    matrix[target, upper] += source - lower
+    return matrix
+
+
+def adaptive_average_pool(x: Features, num_bins: int) -> Features:
+    """Average over a grid of num_bins x num_bins bins.
+
+    Args:
+        x: feature maps [batch, height, width, channels].
+        num_bins: bins per axis; where it does not divide the map, bins overlap as in PyTorch.
+
+    Returns:
+        [batch, num_bins, num_bins, channels], in the dtype of `x`.
+    """
+    batch, height, width, channels = x.shape
+    if height % num_bins == 0 and width % num_bins == 0:
+        cells = (batch, num_bins, height // num_bins, num_bins, width // num_bins, channels)
+        return x.reshape(cells).mean(axis=(2, 4), dtype=_accumulator(x)).astype(x.dtype)
+    return _separable(x, pooling_matrix(height, num_bins), pooling_matrix(width, num_bins))
+
+
+def adaptive_max_pool(x: Features, num_bins: int) -> Features:
+    """As `adaptive_average_pool`, with the maximum of each bin."""
+    rows = [
+        x[:, start:end].max(axis=1, keepdims=True) for start, end in pooling_bins(x.shape[1], num_bins)
+    ]
+    x = jnp.concatenate(rows, axis=1)
+    columns = [
+        x[:, :, start:end].max(axis=2, keepdims=True)
+        for start, end in pooling_bins(x.shape[2], num_bins)
+    ]
+    return jnp.concatenate(columns, axis=2)
+
+
+def resize(x: Features, size: Pair, *, align_corners: bool) -> Features:
+    """Bilinear resizing of feature maps or logits to `size` = (height, width), without anti-aliasing."""
+    if x.shape[1:3] == size:
+        return x
+    rows = resize_matrix(x.shape[1], size[0], align_corners=align_corners)
+    columns = resize_matrix(x.shape[2], size[1], align_corners=align_corners)
+    return _separable(x, rows, columns)
+
+
+def _accumulator(x: jax.Array | np.ndarray) -> jnp.dtype:
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _separable(
+    x: Features,
+    rows: Float[np.ndarray, "new_height height"],
+    columns: Float[np.ndarray, "new_width width"],
+) -> Features:
+    """rows @ x @ columns^T for every image and channel."""
+    dtype = _accumulator(x)
+
+    def contract(equation: str, matrix: np.ndarray, maps: jax.Array) -> jax.Array:
+        # The weights are positions, not learned values: rounding them to TF32 or bfloat16 would move pixels.
+        return jnp.einsum(equation, matrix.astype(dtype), maps, precision=jax.lax.Precision.HIGHEST)
+
+    y = contract("Hh,nhwc->nHwc", rows, x.astype(dtype))
+    return contract("Ww,nhwc->nhWc", columns, y).astype(x.dtype)

@@ -1,0 +1,224 @@
+"""A network that is ready to use: weights, label set, normalization and protocol in one object.
+
+* `load(PATH)` reads a run (or a converted model) and needs nothing else: the checkpoint's `model` part
+  describes itself.
+* Images of any size are accepted: they are padded at the bottom and right with the mean to the network's
+  size rule, and the result is cropped back.
+* One compilation for each image size (and batch size); they are kept.
+"""
+
+import functools
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Float32
+
+from pspnet_jax import parallel, windows
+from pspnet_jax.arrays import Images, LabelMap, Labels, Logits, RawImage, RawImages
+from pspnet_jax.catalog import LabelSet
+from pspnet_jax.checkpoint import CheckpointFolder, Tree, check_same_shapes
+from pspnet_jax.models.pspnet import FAMILIES, ModelOptions, Normalization, PSPNet
+from pspnet_jax.resample import resize
+from pspnet_jax.train_step import normalize, split_model
+from pspnet_jax.windows import Protocol
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a checkpoint says of itself beside its arrays."""
+
+    model: ModelOptions
+    label_set: LabelSet
+    normalization: Normalization
+    protocol: Protocol
+
+    def to_json(self) -> str:
+        return json.dumps(
+            {
+                "model": asdict(self.model),
+                "label_set": self.label_set.to_json(),
+                "normalization": asdict(self.normalization),
+                "protocol": asdict(self.protocol),
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> "Description":
+        data = json.loads(text)
+        return cls(
+            model=ModelOptions.resolve(data["model"]),
+            label_set=LabelSet.from_json(data["label_set"]),
+            normalization=Normalization(*(tuple(v) for v in data["normalization"].values())),
+            protocol=Protocol(**data["protocol"]),
+        )
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where weights come from, for reports."""
+
+    path: str
+    step: int
+    digest: str
+
+
+class Segmenter:
+    """Scene parsing of images of any size.
+
+    Args:
+        description: of the network.
+        params: its parameters, nested dictionaries of arrays.
+        batch_stats: its batch statistics, likewise.
+        provenance: where the weights come from, for reports.
+        mesh: devices over which batches are split (default: all).
+    """
+
+    def __init__(
+        self,
+        description: Description,
+        params: Tree,
+        batch_stats: Tree,
+        *,
+        provenance: Provenance,
+        mesh: Mesh | None = None,
+    ):
+        self.description, self.provenance = description, provenance
+        self.label_set, self.protocol = description.label_set, description.protocol
+        self._mesh = parallel.make_mesh() if mesh is None else mesh
+        everywhere = parallel.replicated(self._mesh)
+        self._params, self._batch_stats = jax.device_put((params, batch_stats), everywhere)
+        self._graphdef = structure(description)[0]
+        self._jit_logits = jax.jit(self._logits)
+        self._jit_probabilities = jax.jit(self._probabilities, static_argnames="protocol")
+        self._jit_class_maps = jax.jit(self._class_maps, static_argnames="protocol")
+
+    def logits(
+        self, images: RawImages | Images
+    ) -> Float32[jax.Array, "batch height width classes"]:
+        """Class scores at input size. uint8 images are raw RGB, floating ones already normalized."""
+        return self._jit_logits(self._params, self._batch_stats, self._place(images))
+
+    def probabilities(
+        self, image: RawImage, *, protocol: str | None = None, flip: bool | None = None
+    ) -> Float32[jax.Array, "height width classes"]:
+        """Class probabilities of one image under a protocol (None: the checkpoint's own)."""
+        chosen = self.choose_protocol(protocol, flip=flip)
+        batch = self._place(np.asarray(image)[None])
+        return self._jit_probabilities(self._params, self._batch_stats, batch, protocol=chosen)[0]
+
+    def class_map(self, image: RawImage) -> LabelMap:
+        """The most probable class of each pixel of one image, as train ids."""
+        return self.class_maps(np.asarray(image)[None], protocol=self.protocol)[0]
+
+    def class_maps(self, images: RawImages, *, protocol: Protocol) -> Labels:
+        """As `class_map`, for images of equal size that go through together."""
+        batch = self._place(images)
+        maps = self._jit_class_maps(self._params, self._batch_stats, batch, protocol=protocol)
+        return np.asarray(maps)
+
+    def choose_protocol(self, name: str | None, *, flip: bool | None) -> Protocol:
+        """A protocol by name (None: the checkpoint's own) with what is overridden."""
+        if name is not None and name not in windows.PROTOCOLS:
+            raise ValueError(f"protocol={name!r} is not one of {', '.join(windows.PROTOCOLS)}")
+        protocol = self.protocol if name is None else windows.PROTOCOLS[name]
+        return protocol if flip is None else replace(protocol, flip=flip)
+
+    def _place(self, images: RawImages | Images) -> jax.Array:
+        splits = images.shape[0] % self._mesh.size == 0
+        sharding = parallel.split_batch(self._mesh) if splits else parallel.replicated(self._mesh)
+        return jax.device_put(images, sharding)
+
+    def _logits_of(self, params: Tree, batch_stats: Tree, images: Images) -> Logits:
+        options = self.description.model
+        height, width = images.shape[1:3]
+        padded = tuple(FAMILIES[options.family].padded(side) for side in (height, width))
+        # Normalized, the mean color is 0.
+        images = jnp.pad(
+            images, ((0, 0), (0, padded[0] - height), (0, padded[1] - width), (0, 0))
+        )
+        model = nnx.merge(self._graphdef, params, batch_stats)
+        logits = model(images, train=False).logits
+        return resize(logits, padded, align_corners=options.align_corners)[:, :height, :width]
+
+    def _logits(self, params: Tree, batch_stats: Tree, images: RawImages | Images) -> Logits:
+        return self._logits_of(params, batch_stats, self._normalized(images))
+
+    def _probabilities(self, params: Tree, batch_stats: Tree, images, *, protocol: Protocol):
+        logits_of = functools.partial(self._logits_of, params, batch_stats)
+        return windows.probabilities(logits_of, self._normalized(images), protocol=protocol)
+
+    def _class_maps(self, params: Tree, batch_stats: Tree, images, *, protocol: Protocol) -> Labels:
+        scores = self._probabilities(params, batch_stats, images, protocol=protocol)
+        return jnp.argmax(scores, axis=-1).astype(jnp.uint8)
+
+    def _normalized(self, images: RawImages | Images) -> Images:
+        if images.dtype != jnp.uint8:
+            return images
+        return normalize(images, self.description.normalization, dtype=jnp.float32)
+
+
+def load(path: str | Path, *, step: str | int = "best") -> Segmenter:
+    """The network of a run folder or converted model.
+
+    Args:
+        path: the run's folder, the one that holds `checkpoints`.
+        step: 'best' (highest validation mean IoU), 'latest', or a step number.
+
+    Raises:
+        FileNotFoundError: where there is no such checkpoint, naming the steps there are.
+        checkpoint.CorruptCheckpointError: where it does not hold what was written.
+    """
+    folder = CheckpointFolder(Path(path) / "checkpoints")
+    number = choose_step(folder, step)
+    part = folder.load(number, "model")
+    description = Description.from_json(part["description"])
+    where = str(folder.folder(number))
+    _, params, batch_stats = structure(description)
+    wanted = {"params": params, "batch_stats": batch_stats}
+    check_same_shapes({name: part[name] for name in wanted}, wanted, where=where)
+    digest = folder.record(number).digests["model"]
+    return Segmenter(
+        description,
+        part["params"],
+        part["batch_stats"],
+        provenance=Provenance(path=str(path), step=number, digest=digest),
+    )
+
+
+def choose_step(folder: CheckpointFolder, step: str | int) -> int:
+    """The number of 'best', 'latest' or of a given step that exists."""
+    steps = folder.steps()
+    if not steps:
+        raise FileNotFoundError(
+            f"{folder.path} holds no checkpoint; --checkpoint is the folder of a run (runs/<name>)"
+        )
+    if step == "best":
+        return folder.best_step()
+    if step == "latest":
+        return folder.latest_step()
+    if str(step).isdecimal() and int(step) in steps:
+        return int(step)
+    existing = ", ".join(map(str, steps))
+    raise FileNotFoundError(
+        f"step={step} is not in {folder.path}: there are {existing}, 'best' and 'latest'"
+    )
+
+
+def structure(description: Description) -> tuple[nnx.GraphDef, Tree, Tree]:
+    """The definition of a network with the shapes of its parameters and statistics, without values."""
+    num_classes = description.label_set.num_classes
+    model = nnx.eval_shape(
+        lambda: PSPNet(description.model, num_classes, rng=np.random.default_rng(0))
+    )
+    return split_model(model)
+
+
+def model_part(description: Description, params: Tree, batch_stats: Tree) -> Tree:
+    """What a checkpoint's `model` part holds."""
+    return {"params": params, "batch_stats": batch_stats, "description": description.to_json()}

@@ -1,0 +1,346 @@
+"""Training: composes a run from its config and takes it to its last step.
+
+* A run is a folder. The same command on the same folder resumes from the newest good checkpoint, and
+  ends bit for bit where an uninterrupted run ends (on the CPU).
+* A checkpoint is written every `checkpoint_every_steps`, at every evaluation and after the last step.
+* Evaluation is that of the verb `evaluate`, on the parameters at hand.
+"""
+
+import dataclasses
+import functools
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import serialization
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from pspnet_jax import config as config_module
+from pspnet_jax import evaluate, parallel
+from pspnet_jax.arrays import Batch
+from pspnet_jax.catalog import load_label_set
+from pspnet_jax.checkpoint import (
+    CheckpointFolder,
+    CorruptCheckpointError,
+    Tree,
+    digest,
+    flatten,
+)
+from pspnet_jax.data.pipeline import Source, open_source, training_batches
+from pspnet_jax.data.transforms import Augmentation, RandomCrop
+from pspnet_jax.metric_writer import MetricWriter, log_to, progress_line
+from pspnet_jax.models.pspnet import FAMILIES, ModelOptions, PSPNet, check_size, is_head
+from pspnet_jax.optimizer import poly_schedule, sgd
+from pspnet_jax.segmenter import Description, Provenance, Segmenter, model_part
+from pspnet_jax.train_step import TrainState, TrainStep, create_train_state, make_train_step
+from pspnet_jax.windows import PROTOCOLS
+
+log = logging.getLogger("pspnet_jax")
+
+# How a network is computed, not what it is: these may change when a run goes on.
+_CHANGEABLE_OPTIONS = ("dtype", "remat", "frozen_norm", "initializer", "dropout_rate")
+
+
+def train(config: ConfigDict, workdir: Path) -> Path:
+    """Take a run to its last step, resuming what its folder holds.
+
+    Args:
+        config: as `config.default_config`, with what a config file and the command line changed.
+        workdir: the run's folder.
+
+    Returns:
+        The folder of the last evaluation.
+
+    Raises:
+        ValueError: for a fault in the config or the data, or a folder that holds another network.
+    """
+    run = compose(config, workdir)
+    state = run.resume_or_start()
+    run.write_config()
+    num_steps = run.config.train.num_steps
+    with run.logging(first_step=int(state.step)) as progress:
+        batches = run.batches(first_step=int(state.step))
+        for step in range(int(state.step) + 1, num_steps + 1):
+            batch = parallel.shard_batch(next(batches), run.mesh)
+            state, metrics = run.train_step(state, batch)
+            progress.log(step, metrics)
+            mean_iou = run.evaluate(step, state, progress) if run.evaluates_at(step) else None
+            if run.saves_at(step):
+                run.save(step, state, mean_iou)
+        run.checkpoints.wait()
+    return run.evaluation_folder(num_steps)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run, put together by `compose`."""
+
+    config: ConfigDict
+    workdir: Path
+    description: Description
+    mesh: Mesh
+    source: Source
+    validation: Source
+    augment: RandomCrop
+    initial_state: TrainState
+    train_step: TrainStep
+    checkpoints: CheckpointFolder
+
+    def batches(self, *, first_step: int) -> Iterator[Batch]:
+        return training_batches(
+            self.source,
+            self.augment,
+            global_batch_size=self.config.train.global_batch_size,
+            seed=self.config.seed,
+            first_step=first_step,
+            num_workers=self.config.data.num_workers,
+        )
+
+    def logging(self, *, first_step: int) -> "Progress":
+        return Progress(self.workdir, self.config.train, first_step=first_step)
+
+    def evaluates_at(self, step: int) -> bool:
+        options = self.config.train
+        return step % options.evaluate_every_steps == 0 or step == options.num_steps
+
+    def saves_at(self, step: int) -> bool:
+        return step % self.config.train.checkpoint_every_steps == 0 or self.evaluates_at(step)
+
+    def evaluation_folder(self, step: int) -> Path:
+        return evaluate.output_folder(
+            self.workdir,
+            step=step,
+            split=self.validation_split,
+            protocol=self.description.protocol,
+        )
+
+    @property
+    def validation_split(self) -> str:
+        return self.config.evaluate.split or self.config.data.val_split
+
+    def evaluate(self, step: int, state: TrainState, progress: "Progress") -> float:
+        """Write the report of the parameters at hand; returns the mean IoU."""
+        model = model_part(self.description, state.params, state.batch_stats)
+        segmenter = Segmenter(
+            self.description,
+            state.params,
+            state.batch_stats,
+            provenance=Provenance(str(self.workdir), step, digest(model)),
+            mesh=self.mesh,
+        )
+        result = evaluate.evaluate(
+            segmenter,
+            self.validation,
+            protocol=self.description.protocol,
+            batch_size=self.config.evaluate.batch_size,
+        )
+        folder = self.evaluation_folder(step)
+        evaluate.write_report(
+            folder, result, segmenter, self.validation, split=self.validation_split
+        )
+        progress.log_evaluation(step, result, folder)
+        return result.scores.mean_iou
+
+    def save(self, step: int, state: TrainState, mean_iou: float | None) -> None:
+        parts = {
+            "model": model_part(self.description, state.params, state.batch_stats),
+            "optimizer": _optimizer_part(state),
+        }
+        self.checkpoints.save(step, parts, mean_iou=mean_iou)
+
+    def resume_or_start(self) -> TrainState:
+        """The newest good checkpoint, else the initial state; what cannot be read is set aside."""
+        self.checkpoints.remove_unfinished()
+        state = self.initial_state
+        for step in reversed(self.checkpoints.steps()):
+            try:
+                state = self._restored(step)
+                log.info("resuming from step %d of %s", step, self.workdir)
+                break
+            except CorruptCheckpointError as error:
+                aside = self.checkpoints.set_aside(step)
+                log.warning("%s\nIt was renamed to %s; trying the step before it.", error, aside)
+        return jax.device_put(state, parallel.replicated(self.mesh))
+
+    def _restored(self, step: int) -> TrainState:
+        model = self.checkpoints.load(step, "model")
+        optimizer = self.checkpoints.load(step, "optimizer")
+        stored = Description.from_json(model["description"])
+        _check_continues(stored, self.description, self.checkpoints.folder(step))
+        return TrainState(
+            step=optimizer["step"],
+            params=model["params"],
+            batch_stats=model["batch_stats"],
+            opt_state=serialization.from_state_dict(
+                self.initial_state.opt_state, optimizer["opt_state"]
+            ),
+            skipped_steps=optimizer["skipped_steps"],
+        )
+
+    def write_config(self) -> None:
+        """Write config.json; say what changed where the folder held another one."""
+        path = self.workdir / "config.json"
+        text = config_module.to_json(self.config)
+        if path.exists():
+            old, new = (
+                flatten(config_module.from_json(t).to_dict()) for t in (path.read_text(), text)
+            )
+            changed = [f"{k}: {old[k]} -> {new[k]}" for k in new if old[k] != new[k]]
+            if changed:
+                log.warning("going on with changed options:\n  %s", "\n  ".join(changed))
+        if jax.process_index() == 0:
+            path.write_text(text)
+
+
+class Progress:
+    """What a run says while it goes on: progress lines, metrics.jsonl, TensorBoard. A context manager."""
+
+    def __init__(self, workdir: Path, options: ConfigDict, *, first_step: int):
+        self._options = options
+        self._writer = MetricWriter(
+            workdir, first_step=first_step, is_writer=jax.process_index() == 0
+        )
+        self._last_step, self._last_time = first_step, time.monotonic()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.close()
+
+    def log(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Every `log_every_steps` steps and at the last: one row and one line."""
+        options = self._options
+        if step % options.log_every_steps != 0 and step != options.num_steps:
+            return
+        scalars = {name: float(value) for name, value in metrics.items()}
+        seconds = time.monotonic() - self._last_time
+        steps_per_second = (step - self._last_step) / max(seconds, 1e-9)
+        timing = {
+            "images_per_second": steps_per_second * options.global_batch_size,
+            "seconds_left": (options.num_steps - step) / steps_per_second,
+        }
+        self._writer.write(step, scalars, timing=timing)
+        log.info("%s", progress_line(step, options.num_steps, scalars, timing))
+        self._last_step, self._last_time = step, time.monotonic()
+
+    def log_evaluation(self, step: int, result: evaluate.Evaluation, folder: Path) -> None:
+        """One row and one line; its time is left out of the training rate."""
+        found, prefix = result.scores, f"evaluation/{result.protocol.name}"
+        scalars = {
+            f"{prefix}/mean_iou": found.mean_iou,
+            f"{prefix}/pixel_accuracy": found.pixel_accuracy,
+            **{f"{prefix}/{name}": iou for name, iou in result.groups.items()},
+        }
+        self._writer.write(step, scalars, timing={"evaluation_seconds": result.seconds})
+        log.info("step %d: %s\n%s", step, evaluate.summary(result), folder / "panels/overview.png")
+        self._last_step, self._last_time = step, time.monotonic()
+
+
+def compose(config: ConfigDict, workdir: Path) -> Run:
+    """Make and check every part of a run before anything is trained."""
+    config = config.copy_and_resolve_references()
+    config_module.validate(config)
+    label_set = load_label_set(config.data.labels)
+    options = ModelOptions.resolve(config.model)
+    family = FAMILIES[options.family]
+    crop_size = tuple(config.data.crop_size or label_set.crop_size)
+    _check_crop_size(crop_size, options)
+    mesh = parallel.make_mesh()
+    parallel.check_batch_size(config.train.global_batch_size, mesh)
+    augmentation = Augmentation.resolve(config.augment)
+    split = functools.partial(
+        open_source,
+        config.data.source,
+        label_set=label_set,
+        layout=config.data.layout,
+        root=config.data.root,
+    )
+    model = PSPNet(options, label_set.num_classes, rng=np.random.default_rng(config.seed))
+    schedule = poly_schedule(
+        config.optimizer.learning_rate,
+        power=config.optimizer.power,
+        num_steps=config.train.num_steps,
+        warmup_steps=config.optimizer.warmup_steps,
+    )
+    optimizer = sgd(
+        schedule,
+        momentum=config.optimizer.momentum,
+        weight_decay=config.optimizer.weight_decay,
+        head_multiplier=config.optimizer.head_multiplier,
+        is_head=is_head,
+    )
+    step = make_train_step(
+        model, optimizer, schedule, aux_weight=config.loss.aux_weight, seed=config.seed
+    )
+    protocol = dataclasses.replace(PROTOCOLS[config.evaluate.protocol], flip=config.evaluate.flip)
+    config.model.update(dataclasses.asdict(options))
+    config.augment.update(dataclasses.asdict(augmentation))
+    config.data.crop_size = crop_size
+    run = Run(
+        config=config,
+        workdir=workdir,
+        description=Description(options, label_set, family.normalization, protocol),
+        mesh=mesh,
+        source=split(split=config.data.train_split),
+        validation=split(split=config.evaluate.split or config.data.val_split),
+        augment=RandomCrop(
+            augmentation, crop_size, fill=tuple(round(v) for v in family.normalization.mean)
+        ),
+        initial_state=create_train_state(model, optimizer),
+        train_step=compile_step(step, mesh),
+        checkpoints=CheckpointFolder(workdir / "checkpoints"),
+    )
+    log_to(workdir / "log.txt")
+    return run
+
+
+def compile_step(step: TrainStep, mesh: Mesh) -> TrainStep:
+    """The step jitted over the mesh: state replicated and donated, batch split."""
+    everywhere = parallel.replicated(mesh)
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(everywhere, parallel.split_batch(mesh)),
+        out_shardings=(everywhere, everywhere),
+    )
+
+
+def _check_crop_size(crop_size: tuple[int, int], options: ModelOptions) -> None:
+    try:
+        check_size(crop_size, FAMILIES[options.family])
+    except ValueError as error:
+        raise ValueError(f"data.crop_size: {error}") from None
+
+
+def _optimizer_part(state: TrainState) -> Tree:
+    return {
+        "opt_state": serialization.to_state_dict(state.opt_state),
+        "step": state.step,
+        "skipped_steps": state.skipped_steps,
+    }
+
+
+def _check_continues(stored: Description, wanted: Description, folder: Path) -> None:
+    """Raise where a checkpoint's network is not the one to be trained; listing all differences."""
+    faults = []
+    if stored.label_set.names != wanted.label_set.names:
+        faults.append(
+            f"label set '{stored.label_set.name}' with {stored.label_set.num_classes} classes there, "
+            f"'{wanted.label_set.name}' with {wanted.label_set.num_classes} here"
+        )
+    for field in dataclasses.fields(ModelOptions):
+        old, new = getattr(stored.model, field.name), getattr(wanted.model, field.name)
+        if old != new and field.name not in _CHANGEABLE_OPTIONS:
+            faults.append(f"model.{field.name} is {old} there, {new} here")
+    if faults:
+        listed = "\n  ".join(faults)
+        raise ValueError(
+            f"{folder} holds another network:\n  {listed}\n"
+            "Choose another --workdir (or --config.name), or the options it was trained with."
+        )

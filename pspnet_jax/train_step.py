@@ -1,0 +1,130 @@
+"""One gradient step, as a pure function of a train state and a batch.
+
+* No mesh, no logging, no config: `train` compiles this over the devices, tests call it as it is.
+* The model is split once into a definition and plain dictionaries; it is put together again inside.
+* Dropout draws from (seed, step), so a resumed run needs no random state.
+* A loss or gradient that is not finite changes nothing but the count of skipped steps.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx, struct
+
+from pspnet_jax.arrays import Batch, Images, RawImages, Scalar
+from pspnet_jax.losses import segmentation_loss
+from pspnet_jax.models.pspnet import FAMILIES, Normalization, PSPNet
+from pspnet_jax.optimizer import Schedule
+
+
+@struct.dataclass
+class TrainState:
+    """All that training changes."""
+
+    step: jax.Array
+    """i32 scalar: optimizer steps taken, skipped ones included."""
+    params: dict
+    batch_stats: dict
+    opt_state: optax.OptState
+    skipped_steps: jax.Array
+    """i32 scalar: steps whose loss or gradient was not finite."""
+
+
+Metrics = dict[str, Scalar]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def split_model(model: PSPNet) -> tuple[nnx.GraphDef, dict, dict]:
+    """The definition of a network, its parameters and its batch statistics as plain dictionaries."""
+    graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
+
+
+def create_train_state(model: PSPNet, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    _, params, batch_stats = split_model(model)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=optimizer.init(params),
+        skipped_steps=jnp.zeros((), jnp.int32),
+    )
+
+
+def normalize(images: RawImages, normalization: Normalization, *, dtype: jnp.dtype) -> Images:
+    """(RGB - mean) / standard deviation of 8-bit images."""
+    mean, std = (
+        jnp.asarray(x, dtype).reshape(1, 1, 1, 3) for x in (normalization.mean, normalization.std)
+    )
+    return (images.astype(dtype) - mean) / std
+
+
+def make_train_step(
+    model: PSPNet,
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    *,
+    aux_weight: float,
+    seed: int,
+) -> TrainStep:
+    """The function (state, batch) -> (next state, metrics) of a network and its optimizer.
+
+    Args:
+        model: gives the structure; its values are not used.
+        schedule: step -> learning rate, for the metrics (the optimizer has its own).
+        aux_weight: of the auxiliary loss.
+        seed: of dropout.
+
+    Returns:
+        A pure function. Metrics are scalars: loss, main_loss, aux_loss (nats per valid pixel of the
+        global batch), learning_rate (of the backbone), gradient_norm, skipped_steps.
+    """
+    graphdef, _, _ = split_model(model)
+    options = model.options
+    normalization = FAMILIES[options.family].normalization
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        dtype = jax.tree.leaves(state.params)[0].dtype
+        images = normalize(batch.images, normalization, dtype=dtype)
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+
+        def loss_of(params: dict):
+            model = nnx.merge(graphdef, params, state.batch_stats)
+            outputs = model(images, train=True, key=key)
+            losses = segmentation_loss(
+                outputs, batch.labels, aux_weight=aux_weight, align_corners=options.align_corners
+            )
+            return losses.total, (losses, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
+
+        (_, (losses, batch_stats)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
+            state.params
+        )
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        gradient_norm = optax.tree.norm(gradients)
+        is_finite = jnp.isfinite(losses.total) & jnp.isfinite(gradient_norm)
+        proposed = TrainState(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            skipped_steps=state.skipped_steps,
+        )
+        unchanged = state.replace(step=state.step + 1, skipped_steps=state.skipped_steps + 1)
+        next_state = jax.tree.map(
+            lambda new, old: jnp.where(is_finite, new, old), proposed, unchanged
+        )
+        metrics = {
+            "loss": losses.total,
+            "main_loss": losses.main,
+            "aux_loss": losses.aux,
+            # The optimizer counts the steps it took; a skipped one does not move its schedule.
+            "learning_rate": jnp.asarray(schedule(state.step - state.skipped_steps)),
+            "gradient_norm": gradient_norm,
+            "skipped_steps": next_state.skipped_steps,
+        }
+        return next_state, metrics
+
+    return train_step

@@ -1,0 +1,104 @@
+"""Class maps as pictures: palette, overlay, and panels of input, truth and prediction.
+
+Pure functions of arrays; images are RGB uint8 [height, width, 3].
+"""
+
+from collections.abc import Mapping, Sequence
+
+import cv2
+import numpy as np
+from jaxtyping import UInt8
+
+from pspnet_jax.arrays import IGNORE_LABEL, LabelMap, RawImage
+
+Palette = UInt8[np.ndarray, "256 3"]
+
+_BACKGROUND = 255
+_TEXT_COLOR = (30, 30, 30)
+_MARGIN = 8
+_LINE = 22  # height of a line of text, pixels
+_FONT = cv2.FONT_HERSHEY_SIMPLEX
+
+
+def colorize(labels: LabelMap, palette: Palette) -> RawImage:
+    """Each pixel in the color of its class; void is black."""
+    return palette[labels]
+
+
+def overlay(image: RawImage, labels: LabelMap, palette: Palette, *, opacity: float = 0.5) -> RawImage:
+    """The class colors laid over the photograph; void pixels show the photograph alone."""
+    mixed = (1 - opacity) * image + opacity * colorize(labels, palette)
+    is_void = (labels == IGNORE_LABEL)[..., None]
+    return np.where(is_void, image, np.rint(mixed).astype(np.uint8))
+
+
+def panel(
+    pictures: Mapping[str, RawImage],
+    *,
+    class_ids: Sequence[int],
+    names: Sequence[str],
+    palette: Palette,
+    min_height: int = 240,
+) -> RawImage:
+    """Titled pictures of equal size side by side, with a legend of `class_ids` below.
+
+    Args:
+        pictures: title -> picture.
+        class_ids: the classes that occur in them, in the order of the legend.
+        min_height: smaller pictures are enlarged by a whole factor, in pixels.
+    """
+    columns = [_titled(title, _enlarged(p, min_height)) for title, p in pictures.items()]
+    row = np.concatenate([part for column in columns for part in (column, _space(column))], axis=1)
+    row = np.concatenate([_space(row), row], axis=1)
+    legend = _legend(class_ids, names, palette, width=row.shape[1])
+    return np.concatenate([row, legend])
+
+
+def stack(panels: Sequence[RawImage]) -> RawImage:
+    """Panels below each other, the narrower ones filled up with white."""
+    width = max(p.shape[1] for p in panels)
+    padding = [((0, _MARGIN), (0, width - p.shape[1]), (0, 0)) for p in panels]
+    filled = [
+        np.pad(p, pad, constant_values=_BACKGROUND) for p, pad in zip(panels, padding, strict=True)
+    ]
+    return np.concatenate(filled)
+
+
+def _enlarged(picture: RawImage, min_height: int) -> RawImage:
+    factor = -(-min_height // picture.shape[0])
+    return picture.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def _titled(title: str, picture: RawImage) -> RawImage:
+    heading = np.full((_LINE, picture.shape[1], 3), _BACKGROUND, np.uint8)
+    _write(heading, title, (0, _LINE - 7))
+    return np.concatenate([heading, picture])
+
+
+def _space(column: RawImage) -> RawImage:
+    return np.full((column.shape[0], _MARGIN, 3), _BACKGROUND, np.uint8)
+
+
+def _legend(
+    class_ids: Sequence[int], names: Sequence[str], palette: Palette, *, width: int
+) -> RawImage:
+    lines: list[list[tuple[int, int]]] = [[]]  # of (class id, left edge)
+    left = _MARGIN
+    for class_id in class_ids:
+        (text_width, _), _ = cv2.getTextSize(names[class_id], _FONT, 0.45, 1)
+        if left + 20 + text_width > width and lines[-1]:
+            lines.append([])
+            left = _MARGIN
+        lines[-1].append((class_id, left))
+        left += 20 + text_width + 14
+    canvas = np.full((_LINE * len(lines) + _MARGIN, width, 3), _BACKGROUND, np.uint8)
+    for i, line in enumerate(lines):
+        for class_id, left in line:
+            top = i * _LINE + 8
+            canvas[top : top + 12, left : left + 14] = palette[class_id]
+            _write(canvas, names[class_id], (left + 19, top + 11))
+    return canvas
+
+
+def _write(canvas: RawImage, text: str, position: tuple[int, int]) -> None:
+    cv2.putText(canvas, text, position, _FONT, 0.45, _TEXT_COLOR, 1, cv2.LINE_AA)

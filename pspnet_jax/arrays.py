@@ -15,22 +15,23 @@ from jaxtyping import Bool, Float, Float32, Int32, Shaped, UInt8
 IGNORE_LABEL = 255
 """The one ignore label inside the program. Raw ids of data sets are mapped once, in `catalog`."""
 
-type_of_array = jax.Array | np.ndarray
+AnyArray = jax.Array | np.ndarray
 
-RawImage = UInt8[type_of_array, "height width 3"]
+RawImage = UInt8[AnyArray, "height width 3"]
 """One photograph: RGB, 0 .. 255."""
-LabelMap = UInt8[type_of_array, "height width"]
+LabelMap = UInt8[AnyArray, "height width"]
 """One mask of train ids, or one predicted class map."""
 
-RawImages = UInt8[type_of_array, "batch height width 3"]
-Images = Float[type_of_array, "batch height width 3"]
+RawImages = UInt8[AnyArray, "batch height width 3"]
+Images = Float[AnyArray, "batch height width 3"]
 """Normalized images: (RGB - mean) / standard deviation."""
-Labels = UInt8[type_of_array, "batch height width"]
-Features = Float[type_of_array, "batch feature_height feature_width channels"]
-Logits = Float[type_of_array, "batch height width classes"]
-Probabilities = Float32[type_of_array, "batch height width classes"]
-PresenceLogits = Float[type_of_array, "batch classes"]
-Scalar = Shaped[type_of_array, ""]
+Labels = UInt8[AnyArray, "batch height width"]
+Features = Float[AnyArray, "batch _height _width _channels"]
+"""Feature maps; names with an underscore may change within one function."""
+Logits = Float[AnyArray, "batch height width classes"]
+Probabilities = Float32[AnyArray, "batch height width classes"]
+PresenceLogits = Float[AnyArray, "batch classes"]
+Scalar = Shaped[AnyArray, ""]
 
 
 class Example(NamedTuple):
@@ -47,8 +48,8 @@ class Batch(NamedTuple):
 
     images: RawImages
     labels: Labels
-    index: Int32[type_of_array, "batch"]
-    valid: Bool[type_of_array, "batch"]
+    index: Int32[AnyArray, "batch"]
+    valid: Bool[AnyArray, "batch"]
     """False for images that only fill up the last batch of an evaluation."""
 
 

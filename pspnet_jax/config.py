@@ -7,10 +7,8 @@
   (does this family have that backbone, does this crop fit) that module checks when it is made.
 """
 
-import importlib.util
 import json
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -83,7 +81,7 @@ def default_config() -> ConfigDict:
     evaluate.protocol = "whole"  # whole
     evaluate.flip = True  # average the probabilities of the image and its mirror image
     evaluate.batch_size = 1  # images of equal size that go through together
-    return config
+    return config.lock()
 
 
 _POSITIVE = (lambda x: x > 0, "above 0")
@@ -159,23 +157,12 @@ def validate(config: ConfigDict) -> None:
         raise ValueError("the config has faults:\n  " + "\n  ".join(faults))
 
 
-def option_names(config: Mapping | None = None, prefix: str = "") -> list[str]:
+def option_names() -> list[str]:
     """Dotted names of all options, e.g. 'train.num_steps'."""
     names = []
-    for key, value in (default_config() if config is None else config).items():
-        nested = isinstance(value, Mapping | ConfigDict)
-        names += option_names(value, f"{prefix}{key}.") if nested else [prefix + key]
+    for section, value in default_config().to_dict().items():
+        names += [f"{section}.{key}" for key in value] if isinstance(value, dict) else [section]
     return names
-
-
-def read_config_file(path: str) -> ConfigDict:
-    """The config that the function `get_config` of a Python file returns."""
-    spec = importlib.util.spec_from_file_location("config_file", path)
-    if spec is None or spec.loader is None or not Path(path).is_file():
-        raise ValueError(f"--config={path}: there is no such Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
 
 
 def to_json(config: ConfigDict) -> str:

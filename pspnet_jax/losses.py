@@ -35,7 +35,8 @@ def cross_entropy(logits: Logits, labels: Labels) -> Scalar:
         A scalar in nats; 0 where every pixel is ignored.
     """
     # A comparison instead of a gather: its gradient is elementwise, where a gather's is a scatter.
-    is_label = labels[..., None] == jnp.arange(logits.shape[-1], dtype=labels.dtype)
+    classes = jnp.arange(logits.shape[-1], dtype=labels.dtype).reshape(1, 1, 1, -1)
+    is_label = labels[..., None] == classes
     chosen = jnp.sum(jnp.where(is_label, logits, 0), axis=-1)
     negative_log = jax.nn.logsumexp(logits, axis=-1) - chosen
     is_valid = labels != IGNORE_LABEL

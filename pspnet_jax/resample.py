@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float64
 
-from pspnet_jax.arrays import Features
+from pspnet_jax.arrays import AnyArray
 
 Pair = tuple[int, int]
+Maps = Float[AnyArray, "batch _height _width channels"]
+"""Feature maps or logits: batch and channels stay, height and width change."""
 
 
 def pooling_bins(size: int, num_bins: int) -> list[Pair]:
@@ -50,7 +52,7 @@ def resize_matrix(
     return matrix
 
 
-def adaptive_average_pool(x: Features, num_bins: int) -> Features:
+def adaptive_average_pool(x: Maps, num_bins: int) -> Maps:
     """Average over a grid of num_bins x num_bins bins.
 
     Args:
@@ -67,7 +69,7 @@ def adaptive_average_pool(x: Features, num_bins: int) -> Features:
     return _separable(x, pooling_matrix(height, num_bins), pooling_matrix(width, num_bins))
 
 
-def adaptive_max_pool(x: Features, num_bins: int) -> Features:
+def adaptive_max_pool(x: Maps, num_bins: int) -> Maps:
     """As `adaptive_average_pool`, with the maximum of each bin."""
     rows = [
         x[:, start:end].max(axis=1, keepdims=True) for start, end in pooling_bins(x.shape[1], num_bins)
@@ -80,7 +82,7 @@ def adaptive_max_pool(x: Features, num_bins: int) -> Features:
     return jnp.concatenate(columns, axis=2)
 
 
-def resize(x: Features, size: Pair, *, align_corners: bool) -> Features:
+def resize(x: Maps, size: Pair, *, align_corners: bool) -> Maps:
     """Bilinear resizing of feature maps or logits to `size` = (height, width), without anti-aliasing."""
     if x.shape[1:3] == size:
         return x
@@ -89,19 +91,19 @@ def resize(x: Features, size: Pair, *, align_corners: bool) -> Features:
     return _separable(x, rows, columns)
 
 
-def _accumulator(x: jax.Array | np.ndarray) -> jnp.dtype:
+def _accumulator(x: AnyArray) -> np.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def _separable(
-    x: Features,
+    x: Maps,
     rows: Float[np.ndarray, "new_height height"],
     columns: Float[np.ndarray, "new_width width"],
-) -> Features:
+) -> Maps:
     """rows @ x @ columns^T for every image and channel."""
     dtype = _accumulator(x)
 
-    def contract(equation: str, matrix: np.ndarray, maps: jax.Array) -> jax.Array:
+    def contract(equation: str, matrix: np.ndarray, maps: AnyArray) -> jax.Array:
         # The weights are positions, not learned values: rounding them to TF32 or bfloat16 would move pixels.
         return jnp.einsum(equation, matrix.astype(dtype), maps, precision=jax.lax.Precision.HIGHEST)
 

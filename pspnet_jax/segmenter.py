@@ -23,6 +23,7 @@ from pspnet_jax import parallel, windows
 from pspnet_jax.arrays import Images, LabelMap, Labels, Logits, RawImage, RawImages
 from pspnet_jax.catalog import LabelSet
 from pspnet_jax.checkpoint import CheckpointFolder, Tree, check_same_shapes
+from pspnet_jax.models.layers import NoRandomNumbers
 from pspnet_jax.models.pspnet import FAMILIES, ModelOptions, Normalization, PSPNet
 from pspnet_jax.resample import resize
 from pspnet_jax.train_step import normalize, split_model
@@ -213,9 +214,7 @@ def choose_step(folder: CheckpointFolder, step: str | int) -> int:
 def structure(description: Description) -> tuple[nnx.GraphDef, Tree, Tree]:
     """The definition of a network with the shapes of its parameters and statistics, without values."""
     num_classes = description.label_set.num_classes
-    model = nnx.eval_shape(
-        lambda: PSPNet(description.model, num_classes, rng=np.random.default_rng(0))
-    )
+    model = nnx.eval_shape(lambda: PSPNet(description.model, num_classes, rng=NoRandomNumbers()))
     return split_model(model)
 
 

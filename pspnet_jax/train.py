@@ -7,7 +7,6 @@
 """
 
 import dataclasses
-import functools
 import logging
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 from flax import serialization
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from pspnet_jax import config as config_module
 from pspnet_jax import evaluate, parallel
 from pspnet_jax.arrays import Batch
-from pspnet_jax.catalog import load_label_set
+from pspnet_jax.catalog import LabelSet, load_label_set
 from pspnet_jax.checkpoint import (
     CheckpointFolder,
     CorruptCheckpointError,
@@ -35,7 +35,7 @@ from pspnet_jax.data.pipeline import Source, open_source, training_batches
 from pspnet_jax.data.transforms import Augmentation, RandomCrop
 from pspnet_jax.metric_writer import MetricWriter, log_to, progress_line
 from pspnet_jax.models.pspnet import FAMILIES, ModelOptions, PSPNet, check_size, is_head
-from pspnet_jax.optimizer import poly_schedule, sgd
+from pspnet_jax.optimizer import Schedule, poly_schedule, sgd
 from pspnet_jax.segmenter import Description, Provenance, Segmenter, model_part
 from pspnet_jax.train_step import TrainState, TrainStep, create_train_state, make_train_step
 from pspnet_jax.windows import PROTOCOLS
@@ -115,13 +115,9 @@ class Run:
         return evaluate.output_folder(
             self.workdir,
             step=step,
-            split=self.validation_split,
+            split=self.config.evaluate.split,
             protocol=self.description.protocol,
         )
-
-    @property
-    def validation_split(self) -> str:
-        return self.config.evaluate.split or self.config.data.val_split
 
     def evaluate(self, step: int, state: TrainState, progress: "Progress") -> float:
         """Write the report of the parameters at hand; returns the mean IoU."""
@@ -141,7 +137,7 @@ class Run:
         )
         folder = self.evaluation_folder(step)
         evaluate.write_report(
-            folder, result, segmenter, self.validation, split=self.validation_split
+            folder, result, segmenter, self.validation, split=self.config.evaluate.split
         )
         progress.log_evaluation(step, result, folder)
         return result.scores.mean_iou
@@ -247,48 +243,35 @@ def compose(config: ConfigDict, workdir: Path) -> Run:
     config = config.copy_and_resolve_references()
     config_module.validate(config)
     label_set = load_label_set(config.data.labels)
-    options = ModelOptions.resolve(config.model)
+    options = ModelOptions.resolve(config.model.to_dict())
     family = FAMILIES[options.family]
+    augmentation = Augmentation.resolve(config.augment.to_dict())
     crop_size = tuple(config.data.crop_size or label_set.crop_size)
     _check_crop_size(crop_size, options)
     mesh = parallel.make_mesh()
     parallel.check_batch_size(config.train.global_batch_size, mesh)
-    augmentation = Augmentation.resolve(config.augment)
-    split = functools.partial(
-        open_source,
-        config.data.source,
-        label_set=label_set,
-        layout=config.data.layout,
-        root=config.data.root,
-    )
+    # What was left open is written down, so that config.json says what was done.
+    config.model.update(dataclasses.asdict(options))
+    config.augment.update(dataclasses.asdict(augmentation))
+    config.data.crop_size = crop_size
+    config.evaluate.split = config.evaluate.split or config.data.val_split
+
+    source = _open(config, label_set, split=config.data.train_split)
+    validation = _open(config, label_set, split=config.evaluate.split)
     model = PSPNet(options, label_set.num_classes, rng=np.random.default_rng(config.seed))
-    schedule = poly_schedule(
-        config.optimizer.learning_rate,
-        power=config.optimizer.power,
-        num_steps=config.train.num_steps,
-        warmup_steps=config.optimizer.warmup_steps,
-    )
-    optimizer = sgd(
-        schedule,
-        momentum=config.optimizer.momentum,
-        weight_decay=config.optimizer.weight_decay,
-        head_multiplier=config.optimizer.head_multiplier,
-        is_head=is_head,
-    )
+    schedule, optimizer = _make_optimizer(config)
     step = make_train_step(
         model, optimizer, schedule, aux_weight=config.loss.aux_weight, seed=config.seed
     )
     protocol = dataclasses.replace(PROTOCOLS[config.evaluate.protocol], flip=config.evaluate.flip)
-    config.model.update(dataclasses.asdict(options))
-    config.augment.update(dataclasses.asdict(augmentation))
-    config.data.crop_size = crop_size
-    run = Run(
+    log_to(workdir / "log.txt")
+    return Run(
         config=config,
         workdir=workdir,
         description=Description(options, label_set, family.normalization, protocol),
         mesh=mesh,
-        source=split(split=config.data.train_split),
-        validation=split(split=config.evaluate.split or config.data.val_split),
+        source=source,
+        validation=validation,
         augment=RandomCrop(
             augmentation, crop_size, fill=tuple(round(v) for v in family.normalization.mean)
         ),
@@ -296,8 +279,6 @@ def compose(config: ConfigDict, workdir: Path) -> Run:
         train_step=compile_step(step, mesh),
         checkpoints=CheckpointFolder(workdir / "checkpoints"),
     )
-    log_to(workdir / "log.txt")
-    return run
 
 
 def compile_step(step: TrainStep, mesh: Mesh) -> TrainStep:
@@ -308,6 +289,30 @@ def compile_step(step: TrainStep, mesh: Mesh) -> TrainStep:
         donate_argnums=0,
         in_shardings=(everywhere, parallel.split_batch(mesh)),
         out_shardings=(everywhere, everywhere),
+    )
+
+
+def _open(config: ConfigDict, label_set: LabelSet, *, split: str) -> Source:
+    data = config.data
+    return open_source(
+        data.source, split=split, label_set=label_set, layout=data.layout, root=data.root
+    )
+
+
+def _make_optimizer(config: ConfigDict) -> tuple[Schedule, optax.GradientTransformation]:
+    options = config.optimizer
+    schedule = poly_schedule(
+        options.learning_rate,
+        power=options.power,
+        num_steps=config.train.num_steps,
+        warmup_steps=options.warmup_steps,
+    )
+    return schedule, sgd(
+        schedule,
+        momentum=options.momentum,
+        weight_decay=options.weight_decay,
+        head_multiplier=options.head_multiplier,
+        is_head=is_head,
     )
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx, struct
+from jax.typing import DTypeLike
 
 from pspnet_jax.arrays import Batch, Images, RawImages, Scalar
 from pspnet_jax.losses import segmentation_loss
@@ -54,7 +55,7 @@ def create_train_state(model: PSPNet, optimizer: optax.GradientTransformation) -
     )
 
 
-def normalize(images: RawImages, normalization: Normalization, *, dtype: jnp.dtype) -> Images:
+def normalize(images: RawImages, normalization: Normalization, *, dtype: DTypeLike) -> Images:
     """(RGB - mean) / standard deviation of 8-bit images."""
     mean, std = (
         jnp.asarray(x, dtype).reshape(1, 1, 1, 3) for x in (normalization.mean, normalization.std)

@@ -12,6 +12,8 @@ from jaxtyping import UInt8
 from pspnet_jax.arrays import IGNORE_LABEL, LabelMap, RawImage
 
 Palette = UInt8[np.ndarray, "256 3"]
+Picture = UInt8[np.ndarray, "_height _width 3"]
+"""An RGB picture whose size may change within a function."""
 
 _BACKGROUND = 255
 _TEXT_COLOR = (30, 30, 30)
@@ -33,13 +35,13 @@ def overlay(image: RawImage, labels: LabelMap, palette: Palette, *, opacity: flo
 
 
 def panel(
-    pictures: Mapping[str, RawImage],
+    pictures: Mapping[str, Picture],
     *,
     class_ids: Sequence[int],
     names: Sequence[str],
     palette: Palette,
     min_height: int = 240,
-) -> RawImage:
+) -> Picture:
     """Titled pictures of equal size side by side, with a legend of `class_ids` below.
 
     Args:
@@ -54,7 +56,7 @@ def panel(
     return np.concatenate([row, legend])
 
 
-def stack(panels: Sequence[RawImage]) -> RawImage:
+def stack(panels: Sequence[Picture]) -> Picture:
     """Panels below each other, the narrower ones filled up with white."""
     width = max(p.shape[1] for p in panels)
     padding = [((0, _MARGIN), (0, width - p.shape[1]), (0, 0)) for p in panels]
@@ -64,24 +66,24 @@ def stack(panels: Sequence[RawImage]) -> RawImage:
     return np.concatenate(filled)
 
 
-def _enlarged(picture: RawImage, min_height: int) -> RawImage:
+def _enlarged(picture: Picture, min_height: int) -> Picture:
     factor = -(-min_height // picture.shape[0])
     return picture.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def _titled(title: str, picture: RawImage) -> RawImage:
+def _titled(title: str, picture: Picture) -> Picture:
     heading = np.full((_LINE, picture.shape[1], 3), _BACKGROUND, np.uint8)
     _write(heading, title, (0, _LINE - 7))
     return np.concatenate([heading, picture])
 
 
-def _space(column: RawImage) -> RawImage:
+def _space(column: Picture) -> Picture:
     return np.full((column.shape[0], _MARGIN, 3), _BACKGROUND, np.uint8)
 
 
 def _legend(
     class_ids: Sequence[int], names: Sequence[str], palette: Palette, *, width: int
-) -> RawImage:
+) -> Picture:
     lines: list[list[tuple[int, int]]] = [[]]  # of (class id, left edge)
     left = _MARGIN
     for class_id in class_ids:
@@ -100,5 +102,5 @@ def _legend(
     return canvas
 
 
-def _write(canvas: RawImage, text: str, position: tuple[int, int]) -> None:
+def _write(canvas: Picture, text: str, position: tuple[int, int]) -> None:
     cv2.putText(canvas, text, position, _FONT, 0.45, _TEXT_COLOR, 1, cv2.LINE_AA)

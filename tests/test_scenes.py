@@ -11,6 +11,8 @@ from pspnet_jax.arrays import IGNORE_LABEL
 from pspnet_jax.data import scenes
 from pspnet_jax.data.scenes import IMAGE_SIZE, Scenes, render
 
+BUDGET_SECONDS = 20
+
 STRIPS = (scenes.WATER, scenes.ROAD, scenes.GRASS, scenes.QUILT)
 OBJECTS = (scenes.BOAT, scenes.CAR, scenes.TOWER, scenes.HOUSE, scenes.ROCK, scenes.PILLOW)
 CLEAR = (scenes.MIST, *STRIPS, scenes.BALLOON)  # classes that a local look can tell
@@ -31,8 +33,8 @@ MEANINGS = {  # (strip, object)
 
 @pytest.fixture(scope="module")
 def images():
-    """600 training images with their labels."""
-    return [render(0, index) for index in range(600)]
+    """420 training images with their labels."""
+    return [render(0, index) for index in range(420)]
 
 
 def meaning(labels):
@@ -43,11 +45,14 @@ def meaning(labels):
 
 
 def test_example_has_the_types_of_the_pipeline():
-    example = Scenes("val")[np.int64(7)]
-    assert example.image.shape == (IMAGE_SIZE, IMAGE_SIZE, 3) and example.image.dtype == np.uint8
-    assert example.labels.shape == (IMAGE_SIZE, IMAGE_SIZE) and example.labels.dtype == np.uint8
-    assert type(example.index) is np.int32 and example.index == 7
-    assert len(Scenes("train")) == 16_384 and len(Scenes("val")) == 200
+    data = Scenes("val")
+    example = data[np.int64(7)]
+    assert example.image.shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
+    assert example.labels.shape == (IMAGE_SIZE, IMAGE_SIZE)
+    assert example.image.dtype == example.labels.dtype == np.uint8
+    assert type(example.index) is np.int32
+    assert example.index == 7
+    assert [len(Scenes("train")), len(data)] == [16_384, 200]
 
 
 def test_an_example_depends_on_seed_split_and_index_only():
@@ -79,7 +84,7 @@ def test_wrong_split_or_index_is_an_error():
 def test_no_image_occurs_twice_in_splits_and_seeds():
     assert not set(scenes.SPLITS["train"]) & set(scenes.SPLITS["val"])
     sources = [Scenes(split, seed=seed) for split in ("train", "val") for seed in (0, 1)]
-    pictures = [source[index].image.tobytes() for source in sources for index in range(100)]
+    pictures = [source[index].image.tobytes() for source in sources for index in range(30)]
     # A seed of two words: with the seed first, it would spell the entropy of seed 0, index 5.
     pictures.append(render(5 << 32, 0)[0].tobytes())
     assert len(set(pictures)) == len(pictures)
@@ -89,7 +94,7 @@ def test_the_six_meanings_are_equally_frequent(images):
     found = [meaning(labels) for _, labels in images]
     assert set(found) == MEANINGS
     counts = np.array([found.count(pair) for pair in MEANINGS])
-    chi_square = np.sum((counts - 100) ** 2) / 100
+    chi_square = np.sum((counts - 70) ** 2) / 70
     assert chi_square < 20.5, counts  # 5 degrees of freedom: 0.1 % of fair draws exceed it
 
 
@@ -99,14 +104,14 @@ def test_every_class_and_nothing_else_occurs_in_validation():
 
 
 def test_swapping_changes_the_strip_and_the_names_of_the_objects(images, monkeypatch):
-    swapped = [render(0, index, swapped=True) for index in range(60)]
+    swapped = [render(0, index, swapped=True) for index in range(40)]
     # Without balloons in front of it, the labels show the whole strip.
     monkeypatch.setattr(scenes, "_balloons", lambda canvas, rng: None)
     for index, (other_image, other_labels) in enumerate(swapped):
         image, labels = images[index]
         (strip, label), (other_strip, other_label) = meaning(labels), meaning(other_labels)
         assert other_label == PARTNER[label]
-        assert (other_strip, other_label) in MEANINGS and other_strip != strip
+        assert (other_strip, other_label) in MEANINGS - {(strip, label)}
         expected = labels.copy()
         expected[labels == strip] = other_strip
         expected[labels == label] = other_label
@@ -137,7 +142,7 @@ def test_void_is_a_ring_one_pixel_wide_around_each_object(images):
         void_pixels += np.sum(labels == IGNORE_LABEL)
         stray_pixels += np.sum((labels == IGNORE_LABEL) & ~beside)
     # Strays: an object's ring beside the place where a balloon hides the object.
-    assert void_pixels > 0 and stray_pixels < 0.02 * void_pixels
+    assert stray_pixels < 0.02 * void_pixels
 
 
 def test_size_and_place_do_not_tell_partners_apart(images):
@@ -194,10 +199,10 @@ def test_local_color_does_not_solve_it(images):
     def prepare(x):
         return np.pad((x - mean) / deviation, ((0, 0), (0, 1)), constant_values=1)
 
-    weights = fit_logistic_regression(prepare(inputs), targets, steps=200)
+    weights = fit_logistic_regression(prepare(inputs), targets, steps=120)
     confusion, right, wrong = np.zeros((12, 12)), 0, 0
     for example in (Scenes("val")[index] for index in range(60)):
-        counted = example.labels.ravel() != IGNORE_LABEL
+        counted = np.flatnonzero(example.labels != IGNORE_LABEL)[::3]
         truth = example.labels.ravel()[counted]
         scores = prepare(patches(example.image)[counted]) @ weights
         np.add.at(confusion, (truth, scores.argmax(axis=1)), 1)
@@ -207,6 +212,6 @@ def test_local_color_does_not_solve_it(images):
         wrong += np.sum(on_object[:, label] <= on_object[:, PARTNER[label]])
     hits = np.diag(confusion)
     iou = hits / (confusion.sum(axis=0) + confusion.sum(axis=1) - hits)
-    assert iou[[*OBJECTS]].mean() <= 0.35  # measured 0.05
-    assert iou[[*CLEAR]].mean() >= 0.65  # measured 0.75
-    assert right / (right + wrong) <= 0.58  # between partners; measured 0.46
+    assert iou[[*OBJECTS]].mean() <= 0.35  # measured 0.02
+    assert iou[[*CLEAR]].mean() >= 0.65  # measured 0.76
+    assert right / (right + wrong) <= 0.58  # between partners; measured 0.45

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import cv2
 import grain
@@ -28,6 +28,7 @@ NUM_THREADS = 2
 PREFETCHED_BATCHES = 4
 
 
+@runtime_checkable
 class Source(Protocol):
     """Examples by position."""
 

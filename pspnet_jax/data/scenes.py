@@ -20,6 +20,7 @@ one shape stand in the mist. The shapes are the three observations of the paper 
 """
 
 import operator
+from typing import SupportsIndex
 
 import cv2
 import numpy as np
@@ -35,8 +36,10 @@ SPLITS = {"train": range(16_384), "val": range(16_384, 16_584)}  # indices for `
 
 MIST, WATER, ROAD, GRASS, QUILT, BOAT, CAR, TOWER, HOUSE, ROCK, PILLOW, BALLOON = range(12)
 
-# Hulls and blocks: cream, teal, ocher, plum, clay, moss; none of them as red as a balloon.
-PALETTE = np.reshape([*bytes.fromhex("e2d6bc 608e94 d4ac5c 807e9e bc8a70 708062")], (-1, 3))
+# Colors tell hulls from walls and both from red balloons; they never tell a boat from a car.
+HULLS = np.reshape([*bytes.fromhex("e8a830 2a98a4 8058b0 e4d44c 3c70c0")], (-1, 3))
+WALLS = np.reshape([*bytes.fromhex("e6dac0 dac0ae bab4c6 cac8bc c0aa90")], (-1, 3))
+ROOFS = np.reshape([*bytes.fromhex("7a5646 505c74 66664e")], (-1, 3))
 DARK_GLASS, WARM_GLASS, RUBBER, STEEL = (62, 76, 94), (250, 224, 150), (52, 50, 54), (190, 188, 180)
 
 
@@ -171,14 +174,14 @@ PENNANT = np.array([(0.26, 0), (0.44, 0.06), (0.29, 0.11), (0.29, 0.2), (0.26, 0
 PANES = (_rectangle(0.25, 0.25, 0.4, 0.42), _rectangle(0.45, 0.25, 0.57, 0.42))
 
 
-def _color(rng: Generator) -> np.ndarray:
+def _color(rng: Generator, palette: np.ndarray) -> np.ndarray:
     """One of the palette, a little off: RGB."""
-    return PALETTE[rng.integers(len(PALETTE))] + rng.uniform(-14, 14, 3)
+    return palette[rng.integers(len(palette))] + rng.uniform(-14, 14, 3)
 
 
 def _hull(canvas: np.ndarray, box: np.ndarray, rng: Generator) -> None:
     """A boat hung with tires, or a car with a pennant: body, cabin and two dark discs."""
-    color, trim = _color(rng), _color(rng)
+    color, trim = _color(rng, HULLS), _color(rng, HULLS)
     if rng.random() < 0.5:
         box = box * (1, 1, -1, 1) + (box[2], 0, 0, 0)
     _fill(canvas, _place(PENNANT, box), 0.6 * trim)
@@ -195,12 +198,12 @@ def _hull(canvas: np.ndarray, box: np.ndarray, rng: Generator) -> None:
 
 def _block(canvas: np.ndarray, box: np.ndarray, rng: Generator) -> None:
     """A tower or a house: a front with windows, a shaded flank, a low roof."""
-    color, roof = _color(rng), _color(rng)
+    color, roof = _color(rng, WALLS), _color(rng, ROOFS)
     flank, eaves = rng.uniform(0.68, 0.82), rng.uniform(0.06, 0.24)
-    _fill(canvas, _place(_rectangle(0.04, eaves, 0.96, 1), box), color)
-    _fill(canvas, _place(_rectangle(flank, eaves, 0.96, 1), box), 0.72 * color)
+    _fill(canvas, _place(_rectangle(0.04, eaves, 0.96, 1.0), box), color)
+    _fill(canvas, _place(_rectangle(flank, eaves, 0.96, 1.0), box), 0.72 * color)
     gable = [(0, eaves + 0.05), (0, eaves), (0.14, 0), (0.86, 0), (1, eaves), (1, eaves + 0.05)]
-    _fill(canvas, _place(gable, box), 0.62 * roof)
+    _fill(canvas, _place(gable, box), roof)
     for y in np.linspace(eaves + 0.12, 0.86, rng.integers(3, 5)):
         for x in np.linspace(0.18, flank - 0.12, 3):
             pane = _rectangle(x - 0.06, y - 0.05, x + 0.06, y + 0.06)
@@ -342,7 +345,7 @@ class Scenes:
     def __len__(self) -> int:
         return len(SPLITS[self.split])
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: SupportsIndex) -> Example:
         """One example; IndexError outside 0 .. len - 1, so that a loop over it ends."""
         index = operator.index(index)
         if not 0 <= index < len(self):

@@ -12,10 +12,15 @@ from dataclasses import dataclass, fields
 
 import cv2
 import numpy as np
+from jaxtyping import UInt8
 
 from pspnet_jax.arrays import IGNORE_LABEL, Example, LabelMap, RawImage
 
 Color = tuple[int, int, int]
+NewView = tuple[
+    UInt8[np.ndarray, "new_height new_width 3"], UInt8[np.ndarray, "new_height new_width"]
+]
+"""Image and labels of another size than they had."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ class RandomCrop:
         return Example(np.ascontiguousarray(image), np.ascontiguousarray(labels), example.index)
 
 
-def rescale(image: RawImage, labels: LabelMap, scale: float) -> tuple[RawImage, LabelMap]:
+def rescale(image: RawImage, labels: LabelMap, scale: float) -> NewView:
     """Both sides times `scale`, rounded; the image linearly, the labels by the nearest pixel."""
     if scale == 1:
         return image, labels
@@ -130,7 +135,7 @@ def rotate(
 
 def pad_to(
     image: RawImage, labels: LabelMap, size: tuple[int, int], *, fill: Color
-) -> tuple[RawImage, LabelMap]:
+) -> NewView:
     """Grow both sides to at least `size`, half of what is missing before and half after."""
     missing = [max(wanted - side, 0) for wanted, side in zip(size, labels.shape, strict=True)]
     if not any(missing):
@@ -145,7 +150,7 @@ def pad_to(
 
 def crop(
     image: RawImage, labels: LabelMap, size: tuple[int, int], *, offset: tuple[float, float]
-) -> tuple[RawImage, LabelMap]:
+) -> NewView:
     """A window of `size`; `offset` in 0 .. 1 chooses its corner uniformly among those that fit."""
     top, left = (
         int(fraction * (side - wanted + 1))

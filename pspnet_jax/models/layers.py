@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from pspnet_jax.arrays import Features, type_of_array
+from pspnet_jax.arrays import Features, AnyArray
 
-Kernel = Float[type_of_array, "kernel_height kernel_width in_channels out_channels"]
+Kernel = Float[AnyArray, "kernel_height kernel_width in_channels out_channels"]
 RandomNumbers = np.random.Generator
 
 
@@ -30,6 +31,19 @@ class Initializer(NamedTuple):
 
     kernel: Callable[[RandomNumbers, tuple[int, ...]], np.ndarray]
     bias: Callable[[RandomNumbers, tuple[int, ...]], np.ndarray]
+
+
+class NoRandomNumbers(np.random.Generator):
+    """Zeros instead of random numbers, for when only the shapes of a network are wanted."""
+
+    def __init__(self):
+        super().__init__(np.random.PCG64(0))
+
+    def standard_normal(self, size, dtype):  # noqa: D102
+        return np.broadcast_to(np.zeros((), dtype), size)
+
+    def uniform(self, low, high, size):  # noqa: D102
+        return np.broadcast_to(np.zeros(()), size)
 
 
 def _normal_fan_out(rng: RandomNumbers, shape: tuple[int, ...]) -> np.ndarray:
@@ -80,7 +94,7 @@ class Conv(nnx.Module):
         dilation: int = 1,
         use_bias: bool = False,
         initializer: Initializer,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         rng: RandomNumbers,
     ):
         shape = (kernel_size, kernel_size, in_channels, out_channels)
@@ -92,7 +106,7 @@ class Conv(nnx.Module):
     def __call__(self, x: Features) -> Features:
         kernel = self.kernel[...].astype(self.dtype)
         y = convolve(x.astype(self.dtype), kernel, stride=self.stride, dilation=self.dilation)
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        return y if self.bias is None else y + _per_channel(self.bias[...].astype(self.dtype))
 
 
 class BatchNorm(nnx.Module):
@@ -122,7 +136,7 @@ class BatchNorm(nnx.Module):
         self.momentum, self.epsilon, self.frozen = momentum, epsilon, frozen
 
     def __call__(self, x: Features, *, train: bool) -> Features:
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
         if train and not self.frozen:
             mean, variance = self._batch_statistics(wide)
         else:
@@ -131,7 +145,7 @@ class BatchNorm(nnx.Module):
         y = (wide - _per_channel(mean)) * _per_channel(scale) + _per_channel(self.bias[...])
         return y.astype(x.dtype)
 
-    def _batch_statistics(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _batch_statistics(self, x: Features) -> tuple[jax.Array, jax.Array]:
         count = x.shape[0] * x.shape[1] * x.shape[2]
         if count == 1:
             raise ValueError(
@@ -177,6 +191,6 @@ def max_pool(x: Features) -> Features:
     )
 
 
-def _per_channel(x: jax.Array) -> jax.Array:
+def _per_channel(x: AnyArray) -> AnyArray:
     # Spelled out because the tests forbid silent rank promotion.
     return x.reshape(1, 1, 1, -1)

@@ -8,7 +8,7 @@
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 
 import jax
@@ -105,7 +105,8 @@ class ModelOptions:
         Raises:
             ValueError: naming the option, its value and what is possible.
         """
-        family = _known("family", section["family"], FAMILIES)
+        family = section["family"]
+        _known("family", family, FAMILIES)
         values = {}
         for field in fields(cls):
             value = section[field.name]
@@ -229,7 +230,6 @@ def _at_least_float32(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _known(name: str, value: object, table) -> str:
+def _known(name: str, value: object, table: Collection) -> None:
     if value not in table:
         raise ValueError(f"model.{name}={value!r} is not one of {', '.join(map(str, table))}")
-    return value

@@ -13,8 +13,8 @@ import functools
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from pspnet_jax.arrays import Features
 from pspnet_jax.models.layers import (
@@ -160,7 +160,7 @@ class ResNet(nnx.Module):
         first_block_dilation: tuple[int, int],
         frozen_norm: bool,
         remat: bool,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         rng: RandomNumbers,
         initializer: Initializer = HE_FAN_OUT,
     ):
@@ -198,7 +198,7 @@ class ResNet(nnx.Module):
         graphdef, state = nnx.split(block)
 
         @jax.checkpoint
-        def run(state: nnx.State, x: jax.Array) -> tuple[jax.Array, nnx.State]:
+        def run(state, x):
             block = nnx.merge(graphdef, state)
             return block(x, train=train), nnx.state(block, nnx.BatchStat)
 

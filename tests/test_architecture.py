@@ -1,0 +1,144 @@
+"""Imports run one way, through one ordered list of modules; the package is cheap and safe to import."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BUDGET_SECONDS = 20
+
+PACKAGE = Path(__file__).parent.parent / "pspnet_jax"
+
+# Imports go only to a module further up, or within one folder. Folders end with "/".
+LAYERS = [
+    ["version", "arrays", "resample", "catalog", "config", "checkpoint", "metric_writer"],
+    ["data/", "models/", "losses", "optimizer", "metrics", "parallel", "visualize"],
+    ["train_step", "windows"],
+    ["segmenter"],
+    ["evaluate", "predict"],
+    ["train"],
+    ["main"],
+    ["__init__"],
+]
+# Within a folder, in the order of the flow.
+FOLDERS = {
+    "data/": ["folders", "scenes", "transforms", "pipeline"],
+    "models/": ["layers", "resnet", "pyramid", "pspnet"],
+}
+FOUNDATIONS = {"arrays", "resample", "catalog"}  # where the modules of layer 2 meet
+PURE = ["arrays", "resample", "losses", "optimizer", "metrics", "train_step", "windows", "visualize"]
+PURE += ["models/layers", "models/resnet", "models/pyramid", "models/pspnet", "data/transforms"]
+IMPURE_IMPORTS = {"os", "time", "pathlib", "shutil", "random", "logging", "sys", "io", "tempfile"}
+
+
+def modules():
+    return {str(p.relative_to(PACKAGE).with_suffix("")): p for p in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imported_modules(path: Path):
+    """Absolute names that a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imports_within(path: Path):
+    """Modules of this package that a file imports, as 'models/pspnet'."""
+    names = {n.removeprefix("pspnet_jax.").replace(".", "/") for n in imported_modules(path)}
+    return sorted(names & set(modules()))
+
+
+def folder_of(module: str) -> str | None:
+    return module.split("/")[0] + "/" if "/" in module else None
+
+
+def position(module: str) -> tuple[int, int]:
+    """(layer, place in the layer); modules of a folder share the folder's place."""
+    name = folder_of(module) or module
+    for i, layer in enumerate(LAYERS):
+        if name in layer:
+            return i, layer.index(name)
+    raise AssertionError(f"{module} has no layer: add it to LAYERS")
+
+
+def may_import(importer: str, imported: str) -> bool:
+    a, b = position(importer), position(imported)
+    folder = folder_of(importer)
+    if folder is not None and folder == folder_of(imported):
+        order = FOLDERS[folder]
+        return order.index(importer.split("/")[1]) > order.index(imported.split("/")[1])
+    if a[0] == 1 and b[0] == 0:
+        return imported in FOUNDATIONS
+    same_layer_files = a[0] == b[0] and folder is None and folder_of(imported) is None
+    return b[0] < a[0] or (same_layer_files and b[1] < a[1])
+
+
+@pytest.mark.parametrize("module", [m for m in modules() if not m.endswith("/__init__")])
+def test_imports_go_one_way(module):
+    wrong = [m for m in imports_within(modules()[module]) if not may_import(module, m)]
+    assert not wrong, f"{module} must not import {wrong}"
+
+
+def test_rule_itself():
+    assert may_import("models/pspnet", "models/layers")
+    assert not may_import("models/layers", "models/pspnet")
+    assert not may_import("losses", "models/pspnet")
+    assert not may_import("data/folders", "models/layers")
+    assert not may_import("models/pspnet", "config")
+    assert not may_import("catalog", "metric_writer")
+    assert may_import("train", "config")
+
+
+@pytest.mark.parametrize("module", PURE)
+def test_pure_modules_know_no_disk_and_no_clock(module):
+    names = {name.split(".")[0] for name in imported_modules(modules()[module])}
+    assert not names & IMPURE_IMPORTS
+
+
+def test_torch_is_imported_nowhere_and_nothing_is_unpickled():
+    for path in modules().values():
+        names = {name.split(".")[0] for name in imported_modules(path)}
+        assert not names & {"torch", "torchvision", "pickle", "tensorflow", "clu"}, path
+        calls = {
+            node.func.id
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        }
+        assert not calls & {"eval", "exec"}, path
+
+
+def test_importing_the_package_and_the_command_line_is_cheap():
+    code = (
+        "import sys, pspnet_jax, pspnet_jax.main; "
+        "heavy = {'jax', 'flax', 'cv2', 'grain', 'orbax'} & set(sys.modules); "
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_public_names():
+    import pspnet_jax
+
+    assert {name for name in pspnet_jax.__all__ if getattr(pspnet_jax, name)} == {
+        "load",
+        "Segmenter",
+        "PSPNet",
+    }
+    with pytest.raises(AttributeError, match="no attribute 'Segmentor'"):
+        _ = pspnet_jax.Segmentor
+
+
+def test_functions_fit_in_the_head():
+    """The longest function has at most 60 lines, signature and docstring included."""
+    for module, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                length = node.end_lineno - node.lineno + 1
+                assert length <= 60, f"{module}.{node.name} has {length} lines"

@@ -1,0 +1,164 @@
+"""Checkpoints: what is kept, what is refused, what survives damage."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pspnet_jax.checkpoint import (
+    CheckpointFolder,
+    CorruptCheckpointError,
+    check_same_shapes,
+    digest,
+    flatten,
+)
+
+BUDGET_SECONDS = 40
+
+
+def parts(value):
+    return {
+        "model": {
+            "params": {"head": {"kernel": jnp.full((3, 4), float(value)), "bias": jnp.arange(4.0)}},
+            "batch_stats": {},
+            "description": '{"width": 8}',
+        },
+        "optimizer": {"opt_state": {"0": {}, "1": {"trace": jnp.ones(2)}}, "step": jnp.int32(value)},
+    }
+
+
+def saved(tmp_path, scores):
+    """A folder with one step per (step, mean IoU)."""
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    for step, score in scores.items():
+        folder.save(step, parts(step), mean_iou=score)
+    folder.wait()
+    return folder
+
+
+def values_file(folder, step, part):
+    """The largest file of a part: its array values."""
+    return max((folder.folder(step) / part).rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
+
+
+def test_round_trip_is_bit_exact_and_keeps_the_description(tmp_path):
+    folder = saved(tmp_path, {7: None})
+    for name, part in parts(7).items():
+        loaded = folder.load(7, name)
+        assert jax.tree.structure(loaded) == jax.tree.structure(part)
+        for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(part), strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert (tmp_path / "checkpoints/00000007/model").is_dir()
+    assert (tmp_path / "checkpoints/00000007/optimizer").is_dir()
+
+
+def test_latest_two_and_the_best_are_kept(tmp_path):
+    folder = saved(tmp_path, {1: 0.1, 2: 0.9, 3: 0.3, 4: None, 5: 0.5})
+    assert folder.steps() == [2, 4, 5]
+    assert (folder.best_step(), folder.latest_step()) == (2, 5)
+    assert folder.record(2).mean_iou == 0.9
+
+
+def test_best_is_latest_where_nothing_was_evaluated_and_the_later_of_equals(tmp_path):
+    assert saved(tmp_path / "a", {1: None, 2: None}).best_step() == 2
+    assert saved(tmp_path / "b", {1: 0.5, 2: 0.5}).best_step() == 2
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    folder = saved(tmp_path, {3: 0.1})
+    folder.save(3, parts(8), mean_iou=0.2)
+    folder.wait()
+    assert float(folder.load(3, "model")["params"]["head"]["kernel"][0, 0]) == 8
+
+
+def test_caller_may_overwrite_its_arrays_while_they_are_written(tmp_path):
+    folder = CheckpointFolder(tmp_path)
+    tree = {"model": {"x": np.ones(1000, np.float32)}}
+    folder.save(1, tree, mean_iou=None)
+    tree["model"]["x"][:] = 2
+    folder.wait()
+    np.testing.assert_array_equal(folder.load(1, "model")["x"], 1)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_damage_is_detected_by_name(tmp_path, damage):
+    folder = saved(tmp_path, {4: None})
+    path = values_file(folder, 4, "model")
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 0xFF
+        path.write_bytes(content)
+    elif damage == "truncate":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        path.unlink()
+    with pytest.raises(CorruptCheckpointError, match="00000004"):
+        folder.load(4, "model")
+    folder.load(4, "optimizer")
+
+
+def test_new_step_is_verified_before_old_ones_go(tmp_path, monkeypatch):
+    folder = saved(tmp_path, {1: None, 2: None})
+    real = CheckpointFolder.load
+
+    def failing(self, step, part, **options):
+        if step == 3:
+            raise CorruptCheckpointError("disk full")
+        return real(self, step, part, **options)
+
+    monkeypatch.setattr(CheckpointFolder, "load", failing)
+    folder.save(3, parts(3), mean_iou=None)
+    with pytest.raises(CorruptCheckpointError, match="disk full"):
+        folder.wait()
+    assert folder.steps() == [1, 2, 3]
+
+
+def test_unfinished_steps_are_not_listed_and_are_removed(tmp_path):
+    folder = saved(tmp_path, {1: None})
+    unfinished = folder.path / "00000002.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    assert folder.steps() == [1]
+    folder.remove_unfinished()
+    assert not unfinished.exists()
+    assert folder.steps() == [1]
+
+
+def test_set_aside_renames(tmp_path):
+    folder = saved(tmp_path, {1: None, 2: None})
+    assert folder.set_aside(2).name == "00000002.corrupt"
+    assert folder.steps() == [1]
+
+
+def test_empty_folder(tmp_path):
+    folder = CheckpointFolder(tmp_path / "none")
+    assert folder.steps() == []
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        folder.best_step()
+
+
+def test_digest_sees_values_names_types_and_shapes():
+    tree = {"a": {"b": np.arange(6, dtype=np.float32)}}
+    reference = digest(tree)
+    assert reference == digest({"a": {"b": jnp.arange(6.0)}})
+    for other in (
+        {"a": {"c": np.arange(6, dtype=np.float32)}},
+        {"a": {"b": np.arange(6, dtype=np.float64)}},
+        {"a": {"b": np.arange(6, dtype=np.float32).reshape(2, 3)}},
+        {"a": {"b": np.arange(1, 7, dtype=np.float32)}},
+        {"a": {"b": np.arange(6, dtype=np.float32), "d": "text"}},
+    ):
+        assert digest(other) != reference
+
+
+def test_shape_report_lists_all_offenders():
+    stored = {"a": np.ones(3), "b": {"c": np.ones((2, 2))}, "old": np.ones(1)}
+    wanted = {"a": np.ones(4), "b": {"c": np.ones((2, 2))}, "new": np.ones(1)}
+    with pytest.raises(ValueError, match="does not fit") as caught:
+        check_same_shapes(stored, wanted, where="step 3")
+    for text in ("a is (3,) in the checkpoint and (4,)", "new is not in the ch", "old is not in the n"):
+        assert text in str(caught.value)
+    check_same_shapes(stored, stored, where="step 3")
+
+
+def test_flatten_is_sorted_and_dotted():
+    assert list(flatten({"b": {"y": 1, "x": 2}, "a": 3})) == ["a", "b.x", "b.y"]

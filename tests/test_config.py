@@ -1,0 +1,61 @@
+"""The options page: locked, validated, and the same after JSON."""
+
+import pytest
+
+from pspnet_jax.config import _CONSTRAINTS, default_config, from_json, option_names, to_json, validate
+
+BUDGET_SECONDS = 10
+
+
+def config_named(**overrides):
+    config = default_config()
+    config.name = "test"
+    for name, value in overrides.items():
+        section, key = name.split("__")
+        config[section][key] = value
+    return config
+
+
+def test_defaults_are_valid():
+    validate(config_named())
+
+
+def test_every_constraint_names_an_option():
+    assert set(_CONSTRAINTS) <= set(option_names())
+
+
+def test_misspelt_option_is_refused_by_a_config_file():
+    with pytest.raises((AttributeError, KeyError), match="learning_rate"):
+        default_config().optimizer.learnig_rate = 0.1
+
+
+def test_all_faults_are_listed_at_once():
+    config = config_named(
+        optimizer__momentum=1.5, train__num_steps=0, data__crop_size=(473,), augment__scale_min=3.0
+    )
+    config.augment.scale_max = 2.0
+    with pytest.raises(ValueError, match="faults") as caught:
+        validate(config)
+    for text in (
+        "optimizer.momentum=1.5 must be within 0..1",
+        "train.num_steps=0 must be at least 1",
+        "data.crop_size=(473,) must be two whole numbers",
+        "scale_min must not be above",
+    ):
+        assert text in str(caught.value)
+
+
+def test_name_must_be_a_folder():
+    with pytest.raises(ValueError, match="name='a/b' must be the name of a folder"):
+        config = config_named()
+        config.name = "a/b"
+        validate(config)
+
+
+def test_json_round_trip_keeps_tuples_and_unset_options():
+    config = config_named(model__pyramid_bins=(), data__crop_size=(33, 41))
+    again = from_json(to_json(config))
+    assert again.to_dict() == config.to_dict()
+    assert again.model.pyramid_bins == ()
+    assert again.data.crop_size == (33, 41)
+    assert again.model.stem is None

@@ -1,0 +1,174 @@
+"""Two training steps agree with PyTorch: logits, losses, gradients, running statistics, movements.
+
+The goldens are float64 values written by goldens/make_step.py. In float64 only a different formula can
+make a difference, so there the tolerances are tight; float32 is what users run. Each network is compiled
+in one of them; the other pairs are marked slow.
+"""
+
+import contextlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from pspnet_jax.arrays import Batch
+from pspnet_jax.models.pspnet import FAMILIES, PSPNet, is_head
+from pspnet_jax.optimizer import poly_schedule, sgd
+from pspnet_jax.resample import resize
+from pspnet_jax.train_step import create_train_state, make_train_step, normalize, split_model
+
+GOLDENS = Path(__file__).parent / "goldens"
+sys.path.insert(0, str(GOLDENS))
+import make_step  # noqa: E402
+
+BUDGET_SECONDS = 60
+
+CASES = make_step.CASES
+# Largest difference relative to the largest value of the tensor (losses: to the loss). The float64 ones
+# are those of the files, which hold float32, and of the learning rate, which is computed in float32.
+# After two steps in float32 the second one starts from parameters that already differ.
+TOLERANCES = {
+    "float64": {
+        "logits": 2e-7,
+        "losses": 1e-12,
+        "gradients": 2e-7,
+        "statistics": 2e-7,
+        "movements": 1e-6,
+    },
+    "float32": {
+        "logits": 1e-5,
+        "losses": 1e-6,
+        "gradients": 2e-4,
+        "statistics": 5e-6,
+        "movements": 3e-2,
+    },
+}
+RUNS = [
+    ("resnet50", "float64"),
+    ("resnet18", "float32"),
+    pytest.param(("resnet50", "float32"), marks=pytest.mark.slow),
+    pytest.param(("resnet18", "float64"), marks=pytest.mark.slow),
+]
+
+
+@dataclass
+class Run:
+    """A golden file, and what this package makes of the same inputs."""
+
+    golden: dict[str, np.ndarray]
+    tolerances: dict[str, float]
+    logits: np.ndarray
+    losses: list[float]
+    gradients: dict[str, np.ndarray]
+    statistics: dict[str, np.ndarray]
+    movements: dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="module", params=RUNS, ids=str)
+def run(request) -> Run:
+    case, dtype = request.param
+    with np.load(GOLDENS / f"step_{case}.npz") as file:
+        golden = dict(file)
+    with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext():
+        values = _take_two_steps(CASES[case], dtype)
+    return Run(golden, TOLERANCES[dtype], **values)
+
+
+def _take_two_steps(case, dtype: str) -> dict:
+    model = PSPNet(case.options(dtype=dtype), make_step.NUM_CLASSES, rng=np.random.default_rng(0))
+    options = dict(make_step.OPTIMIZER)
+    schedule = poly_schedule(options.pop("learning_rate"), power=0.9, num_steps=make_step.NUM_STEPS)
+    # A trace without decay passes gradients on and keeps the last ones where a test can read them.
+    optimizer = optax.chain(optax.trace(0.0), sgd(schedule, **options, is_head=is_head))
+    params, batch_stats = (
+        jax.tree.map(lambda x: jnp.asarray(x, dtype), tree) for tree in make_step.draw_state(case)
+    )
+    state = create_train_state(model, optimizer)
+    state = state.replace(params=params, batch_stats=batch_stats, opt_state=optimizer.init(params))
+    images, labels = make_step.draw_batch(case)
+    batch = Batch(images, labels, np.arange(3, dtype=np.int32), np.ones(3, bool))
+    step = jax.jit(
+        make_train_step(model, optimizer, schedule, aux_weight=make_step.AUX_WEIGHT, seed=0)
+    )
+    first, metrics = step(state, batch)
+    second, _ = step(first, batch)
+    before, after = dict(make_step.flatten(params)), dict(make_step.flatten(second.params))
+    return {
+        "logits": _logits(model, params, batch_stats, images),
+        "losses": [metrics["loss"], metrics["main_loss"], metrics["aux_loss"]],
+        "gradients": dict(make_step.flatten(first.opt_state[0].trace)),
+        "statistics": dict(make_step.flatten(first.batch_stats)),
+        "movements": {path: after[path] - before[path] for path in before},
+    }
+
+
+def _logits(model: PSPNet, params: dict, batch_stats: dict, images: np.ndarray) -> np.ndarray:
+    """Of evaluation, at image size, every fourth pixel."""
+    graphdef, _, _ = split_model(model)
+    dtype = jax.tree.leaves(params)[0].dtype
+
+    @jax.jit
+    def evaluate(params, batch_stats, images):
+        inputs = normalize(images, FAMILIES["semseg"].normalization, dtype=dtype)
+        outputs = nnx.merge(graphdef, params, batch_stats)(inputs, train=False)
+        return resize(outputs.logits, images.shape[1:3], align_corners=True)
+
+    every = make_step.LOGITS_EVERY
+    return np.asarray(evaluate(params, batch_stats, images))[:, ::every, ::every]
+
+
+def _difference(value: np.ndarray, golden: np.ndarray) -> float:
+    """Largest difference relative to the largest golden value."""
+    return np.abs(value - golden).max() / np.abs(golden).max()
+
+
+def _assert_near(kind: str, values: dict[str, np.ndarray], golden: dict, tolerance: float) -> None:
+    """The norm and one product of every tensor, then every value of those stored in full."""
+    differences = {}
+    summaries = zip(sorted(values), make_step.summarize(values), golden[f"{kind}s"], strict=True)
+    for path, (norm, product), (golden_norm, golden_product) in summaries:
+        larger = max(abs(norm - golden_norm), abs(product - golden_product))
+        differences[path] = larger / golden_norm
+    for path in values:
+        if f"{kind}/{path}" in golden:
+            worst = _difference(values[path], golden[f"{kind}/{path}"])
+            differences[path] = max(differences[path], worst)
+    wrong = {path: x for path, x in differences.items() if not x <= tolerance}
+    assert not wrong, f"{len(wrong)} of {len(differences)} {kind}s differ: {wrong}"
+
+
+def test_inputs_are_those_of_the_golden():
+    for name, case in CASES.items():
+        with np.load(GOLDENS / f"step_{name}.npz") as golden:
+            np.testing.assert_allclose(
+                make_step.fingerprint(case),
+                golden["fingerprint"],
+                rtol=1e-9,
+                err_msg="NumPy draws other numbers than it did: run tests/goldens/make_step.py",
+            )
+
+
+def test_logits(run):
+    assert _difference(run.logits, run.golden["logits"]) <= run.tolerances["logits"]
+
+
+def test_losses(run):
+    np.testing.assert_allclose(run.losses, run.golden["losses"], rtol=run.tolerances["losses"])
+
+
+def test_gradients(run):
+    _assert_near("gradient", run.gradients, run.golden, run.tolerances["gradients"])
+
+
+def test_running_statistics(run):
+    _assert_near("statistic", run.statistics, run.golden, run.tolerances["statistics"])
+
+
+def test_parameters_after_two_steps(run):
+    _assert_near("movement", run.movements, run.golden, run.tolerances["movements"])

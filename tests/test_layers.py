@@ -1,0 +1,152 @@
+"""Convolution, batch norm, dropout and max pool against plain NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from pspnet_jax.models.layers import (
+    HE_FAN_OUT,
+    TORCH_DEFAULT,
+    BatchNorm,
+    ChannelDropout,
+    Conv,
+    convolve,
+    max_pool,
+)
+
+BUDGET_SECONDS = 40
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def convolve_by_loops(x, kernel, stride, dilation):
+    size = kernel.shape[0]
+    pad = dilation * (size - 1) // 2
+    padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    reach = dilation * (size - 1)
+    rows = range(0, padded.shape[1] - reach, stride)
+    columns = range(0, padded.shape[2] - reach, stride)
+    result = np.zeros((x.shape[0], len(rows), len(columns), kernel.shape[3]))
+    for i, top in enumerate(rows):
+        for j, left in enumerate(columns):
+            window = padded[:, top : top + reach + 1 : dilation, left : left + reach + 1 : dilation]
+            result[:, i, j] = np.tensordot(window, kernel, axes=([1, 2, 3], [0, 1, 2]))
+    return result
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "dilation"), [(3, 1, 1), (3, 2, 1), (3, 1, 4), (7, 2, 1), (1, 2, 1)]
+)
+@pytest.mark.parametrize("shape", [(9, 12), (8, 9)])
+def test_convolution_pads_as_pytorch(shape, size, stride, dilation):
+    x, kernel = random(2, *shape, 3), random(size, size, 3, 4, seed=1)
+    expected = convolve_by_loops(x, kernel, stride, dilation)
+    np.testing.assert_allclose(
+        convolve(x, kernel, stride=stride, dilation=dilation), expected, atol=1e-4
+    )
+
+
+def test_bias_is_added():
+    conv = Conv(
+        3, 4, 1, use_bias=True, initializer=TORCH_DEFAULT, dtype=jnp.float32, rng=np.random.default_rng(0)
+    )
+    x = jnp.zeros((1, 2, 2, 3))
+    np.testing.assert_array_equal(conv(x)[0, 1, 1], conv.bias[...])
+
+
+@pytest.mark.parametrize(
+    ("initializer", "variance"), [(HE_FAN_OUT, 2 / (9 * 64)), (TORCH_DEFAULT, 1 / (3 * 9 * 32))]
+)
+def test_moments_of_initialization(initializer, variance):
+    kernel = initializer.kernel(np.random.default_rng(0), (3, 3, 32, 64))
+    assert kernel.dtype == np.float32
+    assert abs(kernel.mean()) < 4 * (variance / kernel.size) ** 0.5
+    assert kernel.var() == pytest.approx(variance, rel=0.03)
+
+
+def test_torch_default_is_uniform_within_its_bound():
+    bound = (9 * 32) ** -0.5
+    rng = np.random.default_rng(0)
+    for values in (TORCH_DEFAULT.kernel(rng, (3, 3, 32, 64)), TORCH_DEFAULT.bias(rng, (3, 3, 32, 6400))):
+        assert np.abs(values).max() == pytest.approx(bound, rel=0.01)
+    assert not HE_FAN_OUT.bias(rng, (3, 3, 32, 64)).any()
+
+
+class TestBatchNorm:
+    def test_training_normalizes_and_moves_running_statistics(self):
+        norm = BatchNorm(3)
+        x = random(2, 5, 4, 3) * 2 + 7
+        flat = x.reshape(-1, 3).astype(np.float64)
+        y = norm(x, train=True)
+        expected = (flat - flat.mean(0)) / np.sqrt(flat.var(0) + 1e-5)
+        np.testing.assert_allclose(np.reshape(y, (-1, 3)), expected, atol=1e-5)
+        np.testing.assert_allclose(norm.mean[...], 0.1 * flat.mean(0), rtol=1e-5)
+        # PyTorch stores the unbiased variance, though it normalizes with the biased one.
+        np.testing.assert_allclose(norm.variance[...], 0.9 + 0.1 * flat.var(0, ddof=1), rtol=1e-5)
+
+    def test_evaluation_uses_running_statistics_and_leaves_them(self):
+        norm = BatchNorm(2)
+        norm.mean[...] = jnp.array([1.0, -2.0])
+        norm.variance[...] = jnp.array([4.0, 0.25])
+        norm.scale[...] = jnp.array([3.0, 1.0])
+        norm.bias[...] = jnp.array([0.5, 0.0])
+        x = random(1, 3, 3, 2)
+        expected = (x - [1, -2]) / np.sqrt(np.array([4, 0.25]) + 1e-5) * [3, 1] + [0.5, 0]
+        np.testing.assert_allclose(norm(x, train=False), expected, atol=1e-5)
+        np.testing.assert_array_equal(norm.mean[...], [1, -2])
+
+    def test_frozen_norm_ignores_the_batch_in_training(self):
+        norm = BatchNorm(2, frozen=True)
+        x = random(2, 3, 3, 2) + 5
+        np.testing.assert_array_equal(norm(x, train=True), norm(x, train=False))
+        np.testing.assert_array_equal(norm.mean[...], 0)
+
+    def test_variance_does_not_cancel(self):
+        norm = BatchNorm(1)
+        x = random(4, 20, 20, 1) * 0.01 + 30
+        assert np.std(norm(x, train=True)) == pytest.approx(1 / np.sqrt(1 + 1e-5 / 1e-4), rel=0.02)
+
+    def test_half_precision_statistics_are_taken_in_full_precision(self):
+        norm, exact = BatchNorm(2), BatchNorm(2)
+        x = jnp.asarray(random(2, 9, 9, 2) * 3 + 100, jnp.bfloat16)
+        assert norm(x, train=True).dtype == jnp.bfloat16
+        exact(x.astype(jnp.float32), train=True)
+        np.testing.assert_array_equal(norm.mean[...], exact.mean[...])
+
+    def test_one_value_per_channel_is_an_error(self):
+        with pytest.raises(ValueError, match="one value per channel.*global batch of at least 2"):
+            BatchNorm(3)(jnp.ones((1, 1, 1, 3)), train=True)
+
+
+class TestChannelDropout:
+    def test_drops_whole_channels_and_keeps_the_expectation(self):
+        x = jnp.ones((64, 3, 2, 50))
+        y = np.asarray(ChannelDropout(0.25)(x, train=True, key=jax.random.key(0)))
+        assert set(np.unique(y)) == {0, np.float32(1 / 0.75)}
+        np.testing.assert_array_equal(y, np.broadcast_to(y[:, :1, :1], y.shape))
+        assert (y == 0).mean() == pytest.approx(0.25, abs=0.03)
+
+    def test_does_nothing_outside_of_training(self):
+        x = random(2, 3, 3, 4)
+        np.testing.assert_array_equal(ChannelDropout(0.5)(x, train=False, key=None), x)
+
+    def test_needs_a_key(self):
+        with pytest.raises(ValueError, match="needs a key"):
+            ChannelDropout(0.5)(jnp.ones((1, 1, 1, 1)), train=True, key=None)
+
+
+@pytest.mark.parametrize("size", [(7, 8), (9, 9)])
+def test_max_pool_pads_one_pixel_on_every_side(size):
+    x = random(1, *size, 2)
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
+    rows, columns = range(0, size[0], 2), range(0, size[1], 2)
+    expected = [[padded[0, i : i + 3, j : j + 3].max((0, 1)) for j in columns] for i in rows]
+    np.testing.assert_array_equal(max_pool(x)[0], expected)
+
+
+def test_state_is_parameters_and_batch_statistics_only():
+    nnx.split(BatchNorm(2), nnx.Param, nnx.BatchStat)  # raises where there is anything else

@@ -1,0 +1,56 @@
+"""Rows, TensorBoard events, progress lines; what is forgotten on resume."""
+
+import json
+import math
+
+
+from pspnet_jax.metric_writer import MetricWriter, progress_line
+
+BUDGET_SECONDS = 10
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_rows_are_written_at_once_and_timing_stands_apart(tmp_path):
+    writer = MetricWriter(tmp_path, first_step=0)
+    writer.write(5, {"loss": 0.5, "aux_loss": math.nan}, timing={"images_per_second": 3.0})
+    assert rows(tmp_path) == [
+        {"step": 5, "loss": 0.5, "aux_loss": None, "timing": {"images_per_second": 3.0}}
+    ]
+    writer.close()
+    events = list((tmp_path / "tensorboard").iterdir())
+    assert len(events) == 1
+    assert b"images_per_second" in events[0].read_bytes()
+
+
+def test_rows_after_the_restored_step_are_dropped_with_half_lines(tmp_path):
+    writer = MetricWriter(tmp_path, first_step=0)
+    for step in (10, 20, 30):
+        writer.write(step, {"loss": step / 10}, timing={})
+    writer.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 31, "lo')
+    MetricWriter(tmp_path, first_step=20).close()
+    assert [row["step"] for row in rows(tmp_path)] == [10, 20]
+    MetricWriter(tmp_path, first_step=0).close()
+    assert rows(tmp_path) == []
+
+
+def test_only_the_first_process_writes(tmp_path):
+    writer = MetricWriter(tmp_path / "run", first_step=0, is_writer=False)
+    writer.write(1, {"loss": 1.0}, timing={})
+    writer.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_progress_line():
+    scalars = {"loss": 1.23456, "main_loss": 1.0, "aux_loss": 0.5, "learning_rate": 0.01}
+    timing = {"images_per_second": 33.33, "seconds_left": 3725.2}
+    assert progress_line(7, 700, scalars, timing) == (
+        "step   7/700  loss 1.2346 (main 1.0000, aux 0.5000)  learning rate 1.00e-02  "
+        "33.3 images/s  1:02:05 left"
+    )
+
+

@@ -1,0 +1,61 @@
+"""The schedule against its formula; SGD against PyTorch's rule written in NumPy."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from pspnet_jax.optimizer import poly_schedule, sgd
+
+BUDGET_SECONDS = 15
+
+
+def test_poly_schedule_is_its_formula():
+    schedule = poly_schedule(0.01, power=0.9, num_steps=1000)
+    for step in (0, 1, 500, 999, 1000):
+        assert float(schedule(step)) == pytest.approx(0.01 * (1 - step / 1000) ** 0.9, rel=1e-4)
+    assert float(schedule(0)) == pytest.approx(0.01)
+    assert float(schedule(999)) > 0
+    assert float(schedule(1000)) == 0
+
+
+def test_warmup_rises_linearly_and_then_leaves_the_schedule_alone():
+    plain = poly_schedule(0.1, power=0.9, num_steps=100)
+    warm = poly_schedule(0.1, power=0.9, num_steps=100, warmup_steps=10)
+    assert float(warm(0)) == pytest.approx(0.01, rel=1e-4)
+    assert float(warm(4)) == pytest.approx(0.5 * float(plain(4)), rel=1e-5)
+    assert float(warm(9)) == pytest.approx(float(plain(9)))
+    assert float(warm(50)) == pytest.approx(float(plain(50)))
+
+
+def test_sgd_is_pytorchs_rule():
+    rng = np.random.default_rng(0)
+    start = {"backbone": {"kernel": rng.standard_normal(3)}, "head": {"bias": rng.standard_normal(2)}}
+    start = {k: {n: v.astype(np.float32) for n, v in d.items()} for k, d in start.items()}
+    schedule = poly_schedule(0.1, power=0.9, num_steps=5)
+    optimizer = sgd(
+        schedule,
+        momentum=0.9,
+        weight_decay=0.01,
+        head_multiplier=10.0,
+        is_head=lambda path: path[0] == "head",
+    )
+    params = {k: {n: jnp.asarray(v) for n, v in d.items()} for k, d in start.items()}
+    state = optimizer.init(params)
+    expected = {k: {n: v.astype(np.float64) for n, v in d.items()} for k, d in start.items()}
+    velocity = {k: {n: np.zeros_like(v) for n, v in d.items()} for k, d in expected.items()}
+    for step in range(5):
+        gradient = {k: {n: np.cos(v + step) for n, v in d.items()} for k, d in expected.items()}
+        updates, state = optimizer.update(
+            {k: {n: jnp.asarray(v, jnp.float32) for n, v in d.items()} for k, d in gradient.items()},
+            state,
+            params,
+        )
+        params = optax.apply_updates(params, updates)
+        rate = 0.1 * (1 - step / 5) ** 0.9
+        for k, multiplier in (("backbone", 1), ("head", 10)):
+            for n in expected[k]:
+                decayed = gradient[k][n] + 0.01 * expected[k][n]
+                velocity[k][n] = 0.9 * velocity[k][n] + decayed
+                expected[k][n] = expected[k][n] - rate * multiplier * velocity[k][n]
+                np.testing.assert_allclose(params[k][n], expected[k][n], rtol=1e-5, atol=1e-6)

@@ -1,0 +1,128 @@
+"""Pooling and resizing against hand-worked values and independent statements."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pspnet_jax.resample import (
+    adaptive_average_pool,
+    adaptive_max_pool,
+    pooling_bins,
+    pooling_matrix,
+    resize,
+    resize_matrix,
+)
+
+BUDGET_SECONDS = 30
+
+
+def maps(height, width, *, seed=0, dtype=np.float32):
+    return np.random.default_rng(seed).standard_normal((2, height, width, 3)).astype(dtype)
+
+
+def pool_by_loops(x, num_bins, reduce):
+    batch, height, width, channels = x.shape
+    result = np.zeros((batch, num_bins, num_bins, channels), x.dtype)
+    for i in range(num_bins):
+        for j in range(num_bins):
+            rows = slice(int(np.floor(i * height / num_bins)), int(np.ceil((i + 1) * height / num_bins)))
+            columns = slice(int(np.floor(j * width / num_bins)), int(np.ceil((j + 1) * width / num_bins)))
+            result[:, i, j] = reduce(x[:, rows, columns], axis=(1, 2))
+    return result
+
+
+def interpolate_by_loops(line, new_size, align_corners):
+    """One axis, one sample after the other."""
+    size = len(line)
+    result = []
+    for i in range(new_size):
+        if align_corners:
+            position = i * (size - 1) / (new_size - 1) if new_size > 1 else 0.0
+        else:
+            position = min(max((i + 0.5) * size / new_size - 0.5, 0), size - 1)
+        lower = int(np.floor(position))
+        upper = min(lower + 1, size - 1)
+        result.append(line[lower] + (position - lower) * (line[upper] - line[lower]))
+    return np.array(result)
+
+
+def test_bins_of_64_in_6_overlap_as_in_pytorch():
+    assert pooling_bins(64, 6) == [(0, 11), (10, 22), (21, 32), (32, 43), (42, 54), (53, 64)]
+
+
+def test_pooling_matrix_by_hand():
+    expected = [[1 / 3, 1 / 3, 1 / 3, 0, 0], [0, 0, 1 / 3, 1 / 3, 1 / 3]]
+    np.testing.assert_allclose(pooling_matrix(5, 2), expected)
+
+
+@pytest.mark.parametrize("size", [(6, 6), (12, 6), (7, 9), (13, 6), (2, 3)])
+@pytest.mark.parametrize("num_bins", [1, 2, 3, 6])
+def test_pools_equal_loops(size, num_bins):
+    x = maps(*size)
+    np.testing.assert_allclose(
+        adaptive_average_pool(x, num_bins), pool_by_loops(x, num_bins, np.mean), atol=1e-6
+    )
+    np.testing.assert_array_equal(adaptive_max_pool(x, num_bins), pool_by_loops(x, num_bins, np.max))
+
+
+def test_reshape_and_matrix_agree_where_bins_divide():
+    x = maps(12, 18)
+    rows, columns = pooling_matrix(12, 6), pooling_matrix(18, 6)
+    by_matrix = np.einsum("Hh,Ww,nhwc->nHWc", rows, columns, x)
+    np.testing.assert_allclose(adaptive_average_pool(x, 6), by_matrix, atol=1e-6)
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize(("size", "new_size"), [(6, 60), (1, 5), (5, 1), (7, 3), (4, 4), (2, 17)])
+def test_resize_matrix_equals_interpolation(size, new_size, align_corners):
+    line = np.random.default_rng(1).standard_normal(size)
+    matrix = resize_matrix(size, new_size, align_corners=align_corners)
+    np.testing.assert_allclose(
+        matrix @ line, interpolate_by_loops(line, new_size, align_corners), atol=1e-12
+    )
+    np.testing.assert_allclose(matrix.sum(axis=1), 1, atol=1e-12)
+
+
+def test_half_pixel_rule_is_that_of_jax_image():
+    x = maps(6, 7)
+    expected = jax.image.resize(x, (2, 20, 33, 3), "linear", antialias=False)
+    np.testing.assert_allclose(resize(x, (20, 33), align_corners=False), expected, atol=1e-5)
+
+
+def test_align_corners_keeps_corners_and_ramps():
+    ramp = np.arange(5, dtype=np.float32).reshape(1, 5, 1, 1) * np.ones((1, 5, 4, 1), np.float32)
+    large = np.asarray(resize(ramp, (33, 25), align_corners=True))
+    np.testing.assert_allclose(large[0, :, 3, 0], np.linspace(0, 4, 33), atol=1e-6)
+    x = maps(3, 4)
+    corners = np.asarray(resize(x, (17, 25), align_corners=True))[:, [0, 0, -1, -1], [0, -1, 0, -1]]
+    np.testing.assert_allclose(corners, x[:, [0, 0, -1, -1], [0, -1, 0, -1]], atol=1e-6)
+
+
+def test_mirroring_commutes():
+    x = maps(7, 9)
+    for align_corners in (True, False):
+        mirrored = resize(x[:, :, ::-1], (20, 31), align_corners=align_corners)
+        straight = resize(x, (20, 31), align_corners=align_corners)
+        np.testing.assert_allclose(mirrored[:, :, ::-1], straight, atol=1e-6)
+    np.testing.assert_allclose(
+        adaptive_average_pool(x[:, :, ::-1], 6)[:, :, ::-1], adaptive_average_pool(x, 6), atol=1e-6
+    )
+
+
+def test_half_precision_is_resized_in_full_precision():
+    x = jnp.asarray(maps(6, 6), jnp.bfloat16)
+    exact = resize(np.asarray(x, np.float32), (41, 41), align_corners=True)
+    y = resize(x, (41, 41), align_corners=True)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y, exact.astype(jnp.bfloat16))
+
+
+def test_gradient_has_no_scatter():
+    def total(x):
+        pooled = adaptive_average_pool(x, 6)
+        return jnp.sum(resize(pooled, (65, 49), align_corners=True) ** 2)
+
+    program = str(jax.make_jaxpr(jax.grad(total))(jnp.ones((1, 13, 9, 2))))
+    assert "scatter" not in program
+    assert "gather" not in program

@@ -1,0 +1,113 @@
+"""A network ready to use: any size of image, saved and loaded again."""
+
+import jax
+import numpy as np
+import pytest
+
+from networks import network, options
+from pictures import example
+from pspnet_jax import load
+from pspnet_jax.catalog import load_label_set
+from pspnet_jax.checkpoint import CheckpointFolder
+from pspnet_jax.models.pspnet import IMAGENET_8BIT
+from pspnet_jax.segmenter import Description, Provenance, Segmenter, model_part
+from pspnet_jax.train_step import split_model
+from pspnet_jax.windows import PROTOCOLS
+
+BUDGET_SECONDS = 90
+
+CAMVID = load_label_set("camvid")
+DESCRIPTION = Description(options(), CAMVID, IMAGENET_8BIT, PROTOCOLS["whole"])
+
+
+@pytest.fixture(scope="module")
+def segmenter():
+    _, params, batch_stats = split_model(network(CAMVID.num_classes))
+    return Segmenter(DESCRIPTION, params, batch_stats, provenance=Provenance("memory", 0, ""))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run")
+    folder = CheckpointFolder(path / "checkpoints")
+    for step, score in ((10, 0.5), (20, 0.3)):
+        _, params, batch_stats = split_model(network(CAMVID.num_classes, seed=step))
+        folder.save(step, {"model": model_part(DESCRIPTION, params, batch_stats)}, mean_iou=score)
+    folder.wait()
+    return path
+
+
+def test_logits_have_the_size_of_the_image(segmenter):
+    for size in ((33, 41), (40, 50)):
+        logits = segmenter.logits(example(*size).image[None])
+        assert logits.shape == (1, *size, 11)
+        assert logits.dtype == np.float32
+
+
+def test_odd_sizes_are_padded_with_the_mean_and_cropped_back(segmenter):
+    image = example(40, 50).image
+    normalized = (image.astype(np.float32) - IMAGENET_8BIT.mean) / np.float32(IMAGENET_8BIT.std)
+    padded = np.zeros((1, 41, 57, 3), np.float32)
+    padded[0, :40, :50] = normalized
+    whole = np.asarray(segmenter.logits(padded))
+    np.testing.assert_allclose(segmenter.logits(image[None])[0], whole[0, :40, :50], atol=1e-5)
+
+
+def test_raw_and_normalized_images_agree(segmenter):
+    image = example(33, 41).image
+    normalized = (image - np.array(IMAGENET_8BIT.mean)) / np.array(IMAGENET_8BIT.std)
+    np.testing.assert_allclose(
+        segmenter.logits(image[None]), segmenter.logits(normalized[None].astype(np.float32)), atol=1e-4
+    )
+
+
+def test_class_map_is_the_most_probable_class(segmenter):
+    image = example(40, 50).image
+    probabilities = np.asarray(segmenter.probabilities(image))
+    np.testing.assert_allclose(probabilities.sum(-1), 1, atol=1e-5)
+    found = segmenter.class_map(image)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, probabilities.argmax(-1))
+
+
+def test_flip_can_be_switched_off(segmenter):
+    image = example(33, 41).image
+    plain = np.asarray(segmenter.probabilities(image, flip=False))
+    np.testing.assert_allclose(plain, jax.nn.softmax(segmenter.logits(image[None])[0]), atol=1e-5)
+    assert np.abs(plain - segmenter.probabilities(image)).max() > 1e-4
+
+
+def test_a_batch_over_eight_devices_equals_image_by_image(segmenter):
+    images = np.stack([example(33, 41, seed=i).image for i in range(8)])
+    together = segmenter.class_maps(images, protocol=PROTOCOLS["whole"])
+    for i in (0, 5):
+        np.testing.assert_array_equal(together[i], segmenter.class_map(images[i]))
+
+
+def test_unknown_protocol(segmenter):
+    with pytest.raises(ValueError, match="protocol='hole' is not one of whole"):
+        segmenter.probabilities(example().image, protocol="hole")
+
+
+def test_load_takes_the_best_and_knows_everything(saved):
+    best, latest = load(saved), load(saved, step="latest")
+    assert (best.provenance.step, latest.provenance.step) == (10, 20)
+    assert best.label_set == CAMVID
+    assert best.description == DESCRIPTION
+    image = example(33, 41).image
+    _, params, batch_stats = split_model(network(CAMVID.num_classes, seed=10))
+    fresh = Segmenter(DESCRIPTION, params, batch_stats, provenance=Provenance("", 0, ""))
+    np.testing.assert_array_equal(best.logits(image[None]), fresh.logits(image[None]))
+    assert len(best.provenance.digest) == 64
+
+
+def test_load_names_the_steps_there_are(saved, tmp_path):
+    assert load(saved, step=20).provenance.step == 20
+    with pytest.raises(FileNotFoundError, match="step=15 is not in .* there are 10, 20, 'best'"):
+        load(saved, step=15)
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint; --checkpoint is the folder"):
+        load(tmp_path)
+
+
+def test_description_round_trip():
+    assert Description.from_json(DESCRIPTION.to_json()) == DESCRIPTION

@@ -1,10 +1,10 @@
-"""The authors' PSPNet, stated independently in PyTorch: the oracle of goldens, the rival of benchmarks.
+"""The authors' PSPNet, stated independently in PyTorch: oracle of goldens, yardstick of speed.
 
-* Architecture, loss, optimizer and state_dict keys are those of hszhao/semseg; nothing in the package
-  imports this file, and it imports nothing of the package.
-* `width` is the planes of the first stage (64 published); every other number of channels scales with it.
-* Depths 10, 18 and 34 and the 7x7 stem, which the authors' code does not offer, follow the same rules.
-  Both 3x3 convolutions of a basic block are dilated.
+* Architecture, loss, optimizer and state_dict keys are those of hszhao/semseg. Nothing in the
+  package imports this file, and it imports nothing of the package.
+* `width` is the planes of the first stage (64 published); all other channels scale with it.
+* Depths 10, 18 and 34 and the 7x7 stem, which the authors' code does not offer, follow the same
+  rules. Both 3x3 convolutions of a basic block are dilated.
 * `load_parameters` fills a network from the nested dictionaries of `pspnet_jax`, strictly.
 """
 
@@ -42,7 +42,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (which carries stride and dilation), 1x1 to four times the planes, and a shortcut."""
+    """1x1, 3x3 (with stride and dilation), 1x1 to four times the planes, and a shortcut."""
 
     expansion = 4
 
@@ -75,7 +75,7 @@ DEPTHS = {
 
 
 class PyramidPooling(nn.Module):
-    """[x, level 1, level 2, level 3, level 6]: pooled, reduced and stretched copies beside the map."""
+    """[x, level 1, 2, 3, 6]: pooled, reduced and stretched copies beside the map."""
 
     def __init__(self, channels: int, bins: tuple[int, ...]):
         super().__init__()
@@ -141,7 +141,8 @@ class PSPNet(nn.Module):
             images: [batch, 3, height, width].
 
         Returns:
-            Main and auxiliary logits [batch, classes, height, width]; in evaluation the latter is None.
+            Main and auxiliary logits [batch, classes, height, width]; in evaluation the latter is
+            None.
         """
         x = self.layer2(self.layer1(self.layer0(images)))
         stage3 = self.layer3(x)
@@ -201,7 +202,7 @@ def stretch(x: Tensor, size: torch.Size) -> Tensor:
 
 
 def normalize(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """8-bit RGB [batch, height, width, 3] -> normalized [batch, 3, height, width], channels last."""
+    """8-bit RGB [batch, height, width, 3] -> normalized [batch, 3, height, width] (a view)."""
     mean, std = (torch.tensor(values, dtype=dtype, device=images.device) for values in (MEAN, STD))
     return ((images.to(dtype) - mean) / std).permute(0, 3, 1, 2)
 
@@ -223,7 +224,7 @@ def make_sgd(
     weight_decay: float = 1e-4,
     head_multiplier: float = 10.0,
 ) -> torch.optim.SGD:
-    """The authors' optimizer: heads learn `head_multiplier` times as fast, everything is decayed."""
+    """The authors' SGD: heads learn `head_multiplier` times as fast, everything is decayed."""
     groups = {True: [], False: []}
     for key, parameter in model.named_parameters():
         groups[not key.startswith("layer")].append(parameter)
@@ -308,7 +309,7 @@ def flatten(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]
 def load_parameters(
     model: PSPNet, params: Mapping, batch_stats: Mapping, *, bins: tuple[int, ...]
 ) -> None:
-    """Fill every parameter and running statistic of `model` from nested dictionaries of `pspnet_jax`.
+    """Fill every parameter and running statistic from nested dictionaries of `pspnet_jax`.
 
     Raises:
         KeyError: for a path without a counterpart.

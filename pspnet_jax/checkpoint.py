@@ -43,12 +43,19 @@ class CheckpointFolder:
     """The `checkpoints` folder of one run.
 
     Saving is asynchronous; `wait` (called by the next save, too) finishes it, verifies the new step and
-    prunes the old ones. All processes of a distributed run must make the same calls.
+    prunes the old ones. As a context manager it waits at the end, also where an exception passes.
+    All processes of a distributed run must make the same calls.
     """
 
     def __init__(self, path: Path | str):
         self.path = Path(path).absolute()
         self._pending: tuple[int, object] | None = None
+
+    def __enter__(self) -> "CheckpointFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
 
     def steps(self) -> list[int]:
         """Complete steps, ascending."""

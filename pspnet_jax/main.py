@@ -18,6 +18,9 @@ from ml_collections import config_flags
 from pspnet_jax.config import option_names
 
 
+_MISSING_CONFIG = "--config=FILE is missing, e.g. --config=configs/scenes.py"
+
+
 def define_train(values: flags.FlagValues, argv: list[str]) -> None:
     _define_config(values, argv)
     flags.DEFINE_string(
@@ -51,7 +54,7 @@ def run_train(values: flags.FlagValues, words: list[str]) -> None:
 
     config = values["config"].value
     if config is None:
-        raise flags.ValidationError("--config=FILE is missing, e.g. --config=configs/scenes.py")
+        raise flags.ValidationError(_MISSING_CONFIG)
     folder = train(config, Path(values["workdir"].value or Path("runs") / str(config.name)))
     print(f"report: {folder / 'report.md'}\npicture: {folder / 'panels' / 'overview.png'}")
 
@@ -138,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise flags.Error(
                 f"leftover words: {' '.join(words)} (values are given as --option=value)"
             )
-    except (flags.Error, AttributeError, KeyError, TypeError) as error:
+    except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
         return _fail(2, f"{_explain(error, rest)}\n\nusage: {verb.usage}")
     return _run(verb, values, words)
 
@@ -203,6 +206,11 @@ def _run(verb: Verb, values: flags.FlagValues, words: list[str]) -> int:
 
 def _explain(error: Exception, argv: list[str]) -> str:
     text = str(error).strip("\"'")
+    if any(a.startswith("--config.") for a in argv) and not any(a.startswith("--config=") for a in argv):
+        return _MISSING_CONFIG
+    for path in re.findall(r"--config=(\S+)", " ".join(argv)):
+        if not Path(path).is_file():
+            return f"--config={path}: there is no such file"
     for name in re.findall(r"--config\.([\w.]+)", " ".join(argv)):
         if name not in option_names():
             return f"unknown option --config.{name}{_nearest(name, option_names())}"

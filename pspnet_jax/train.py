@@ -63,7 +63,7 @@ def train(config: ConfigDict, workdir: Path) -> Path:
     state = run.resume_or_start()
     run.write_config()
     num_steps = run.config.train.num_steps
-    with run.logging(first_step=int(state.step)) as progress:
+    with run.checkpoints, run.logging(first_step=int(state.step)) as progress:
         batches = run.batches(first_step=int(state.step))
         for step in range(int(state.step) + 1, num_steps + 1):
             batch = parallel.shard_batch(next(batches), run.mesh)
@@ -72,7 +72,6 @@ def train(config: ConfigDict, workdir: Path) -> Path:
             mean_iou = run.evaluate(step, state, progress) if run.evaluates_at(step) else None
             if run.saves_at(step):
                 run.save(step, state, mean_iou)
-        run.checkpoints.wait()
     return run.evaluation_folder(num_steps)
 
 

@@ -1,8 +1,8 @@
 """Two training steps agree with PyTorch: logits, losses, gradients, running statistics, movements.
 
-The goldens are float64 values written by goldens/make_step.py. In float64 only a different formula can
-make a difference, so there the tolerances are tight; float32 is what users run. Each network is compiled
-in one of them; the other pairs are marked slow.
+The goldens are float64 values written by goldens/make_step.py. In float64 only a different formula
+can make a difference, so there the tolerances are tight; float32 is what users run. Each network is
+compiled in one of them; the other pairs are marked slow.
 """
 
 import contextlib
@@ -30,9 +30,9 @@ import make_step  # noqa: E402
 BUDGET_SECONDS = 60
 
 CASES = make_step.CASES
-# Largest difference relative to the largest value of the tensor (losses: to the loss). The float64 ones
-# are those of the files, which hold float32, and of the learning rate, which is computed in float32.
-# After two steps in float32 the second one starts from parameters that already differ.
+# Largest difference relative to the largest value of the tensor (losses: to the loss). In float64
+# they are as wide as the files, which hold float32, and the learning rate, which is computed in
+# float32, need. The second step in float32 starts from parameters that already differ.
 TOLERANCES = {
     "float64": {
         "logits": 2e-7,

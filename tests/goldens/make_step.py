@@ -4,10 +4,10 @@
 
 in an environment with this package and torch; the test that reads the files needs no torch.
 
-* Parameters are not stored. Both sides draw each one from a generator seeded by its dotted path, so a
-  parameter that lands in the wrong place is a wrong value, not an unnoticed one.
-* Of every gradient, running statistic and movement (parameter after two steps minus before) the file
-  holds two numbers: the norm, and the product with a fixed random direction, which also sees
+* Parameters are not stored. Both sides draw each one from a generator seeded by its dotted path,
+  so a parameter that lands in the wrong place has a wrong value.
+* Of every gradient, running statistic and movement (parameter after two steps minus before) the
+  file holds two numbers: the norm, and the product with a fixed random direction, which also sees
   permutations. A dozen small ones are stored in full.
 * The torch side is `experiments/pspnet_torch.py`. Only shapes and paths come from the package.
 """
@@ -140,8 +140,8 @@ def draw(path: str, shape: tuple[int, ...]) -> np.ndarray:
     if leaf == "variance":
         return rng.uniform(0.5, 1.5, shape)
     values = (leaf == "scale") + 0.1 * rng.standard_normal(shape)
-    # The last norm of a bottleneck starts small: else gradients grow a hundredfold on their way to the
-    # stem, and what reaches it in float32 is rounding.
+    # The last norm of a bottleneck starts small: else gradients grow so much on their way to the
+    # stem that rounding decides what arrives there in float32.
     is_last_norm = path.startswith("backbone.layer") and path.endswith("norm3.scale")
     return values * 0.25 if is_last_norm else values
 
@@ -157,8 +157,8 @@ def draw_batch(case: Case) -> tuple[np.ndarray, np.ndarray]:
     """Images u8[batch, height, width, 3] and labels u8[batch, height, width], 15 % of them ignored.
 
     Coarse patches with noise, so that the images differ as wholes and the widest pyramid bin has
-    something to tell them apart by. Draw 3 is taken because none of its activations is so near to 0,
-    and none of its pooled maps so nearly the same in all images, that rounding would decide.
+    something to tell them apart by. Draw 3 is taken because none of its activations is so near
+    to 0 that rounding in float32 would carry it to the other side of a ReLU.
     """
     rng, (height, width) = generator(f"batch of {case.backbone} 3"), case.size
     patches = rng.integers(0, 256, (case.batch_size, 5, 4, 3)).repeat(16, axis=1).repeat(16, axis=2)
@@ -181,7 +181,7 @@ def flatten(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]
 
 
 def summarize(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    """[tensors, 2]: norm, and product with a random direction of unit variance, in order of path."""
+    """[tensors, 2]: norm, and product with a random direction, in order of path."""
     rows = []
     for path, array in sorted(arrays.items()):
         array = np.asarray(array, np.float64)

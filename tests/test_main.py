@@ -1,0 +1,156 @@
+"""The command line: every verb on tiny data, and what a bad command says."""
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+import pspnet_jax
+from pictures import example, write_image, write_split
+from pspnet_jax.main import main
+
+BUDGET_SECONDS = 120
+
+CONFIG = str(Path(__file__).parent / "tiny_config.py")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("camvid")
+    write_split(root, "train", 4)
+    write_split(root, "val", 3)
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """A run of two steps, made by the command line."""
+    workdir = tmp_path_factory.mktemp("runs") / "tiny"
+    code = main(
+        [
+            f"--config={CONFIG}",
+            f"--workdir={workdir}",
+            f"--config.data.root={data}",
+            "--config.train.num_steps=2",
+        ]
+    )
+    assert code == 0
+    return workdir
+
+
+def fails(capsys, argv, *, code):
+    assert main(argv) == code
+    return capsys.readouterr().err
+
+
+def test_train_says_where_report_and_picture_are(run, data, capsys):
+    argv = [f"--config={CONFIG}", f"--workdir={run}", f"--config.data.root={data}"]
+    assert main(["train", *argv, "--config.train.num_steps=2"]) == 0
+    printed = capsys.readouterr().out
+    folder = run / "evaluation" / "00000002-val-whole"
+    assert f"report: {folder / 'report.md'}" in printed
+    assert f"picture: {folder / 'panels' / 'overview.png'}" in printed
+    assert (folder / "panels" / "overview.png").is_file()
+
+
+def test_evaluate_uses_the_runs_own_data(run):
+    before = json.loads((run / "evaluation/00000002-val-whole/report.json").read_text())
+    assert main(["evaluate", f"--checkpoint={run}"]) == 0
+    after = json.loads((run / "evaluation/00000002-val-whole/report.json").read_text())
+    assert {**after, "seconds": 0} == {**before, "seconds": 0, "checkpoint": after["checkpoint"]}
+    assert after["checkpoint"]["digest"] == before["checkpoint"]["digest"]
+
+
+def test_evaluate_takes_options(run, data, tmp_path):
+    argv = [f"--checkpoint={run}", f"--config={CONFIG}", f"--config.data.root={data}"]
+    argv += ["--split=train", "--noflip", "--step=latest", f"--output={tmp_path}"]
+    assert main(["evaluate", *argv]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["data"] == {"labels": "camvid", "split": "train", "num_images": 4}
+    assert report["protocol"]["flip"] is False
+
+
+def test_predict_writes_class_maps_palettes_and_overlays(run, data, tmp_path):
+    extra = tmp_path / "photo.png"
+    write_image(extra, example(37, 61).image)
+    images = str(data / "images/val")
+    argv = ["predict", f"--checkpoint={run}", f"--output={tmp_path / 'out'}", images, str(extra)]
+    assert main(argv) == 0
+    names = {"photo.png", *(f"val_{i:04d}.png" for i in range(3))}
+    for kind in ("class_maps", "palette", "overlays"):
+        assert {path.name for path in (tmp_path / "out" / kind).iterdir()} == names
+    found = cv2.imread(str(tmp_path / "out/class_maps/photo.png"), cv2.IMREAD_UNCHANGED)
+    segmenter = pspnet_jax.load(run)
+    np.testing.assert_array_equal(found, segmenter.class_map(example(37, 61).image))
+    colors = cv2.imread(str(tmp_path / "out/palette/photo.png"))[..., ::-1]
+    np.testing.assert_array_equal(colors, segmenter.label_set.palette[found])
+
+
+def test_predict_overwrites_only_when_told(run, data, tmp_path, capsys):
+    argv = ["predict", f"--checkpoint={run}", f"--output={tmp_path}", str(data / "images/val")]
+    assert main(argv) == 0
+    assert "--overwrite" in fails(capsys, argv, code=1)
+    assert main([*argv, "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--config.train.num_steps=3"], "--config=FILE is missing"),
+        ([f"--config={CONFIG}", "--config.optimizer.learnig_rate=1"], "did you mean 'optimizer.lea"),
+        ([f"--config={CONFIG}", "--config.evaluate.flip", "false"], "leftover words: false"),
+        ([f"--config={CONFIG}", "--config.train.num_steps=1.5"], "num_steps"),
+        ([f"--config={CONFIG}", "--wrkdir=x"], "wrkdir"),
+        (["evaluate", "--output=x"], "--checkpoint=... is missing"),
+        (["evaluate", "--overwrite", "--checkpoint=x"], "overwrite"),
+        (["predict", "--checkpoint=x", "a.jpg"], "--output=... is missing"),
+        (["evalute"], "unknown verb 'evalute' (did you mean 'evaluate'?)"),
+        (["--config=nowhere.py"], "--config=nowhere.py: there is no such file"),
+    ],
+)
+def test_bad_command_is_explained(capsys, tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jpg").write_bytes(b"")
+    assert message in fails(capsys, argv, code=2)
+
+
+def test_faults_of_data_and_checkpoints_are_one_sentence(capsys, tmp_path, data, run):
+    argv = [f"--config={CONFIG}", f"--workdir={tmp_path / 'run'}"]
+    assert "data.root is not set" in fails(capsys, argv, code=1)
+    text = fails(capsys, ["evaluate", f"--checkpoint={tmp_path}"], code=1)
+    assert "holds no checkpoint" in text
+    argv = ["predict", f"--checkpoint={run}", f"--output={tmp_path}"]
+    assert "no such image or folder" in fails(capsys, [*argv, "none.jpg"], code=1)
+    assert "no images" in fails(capsys, argv, code=1)
+    (tmp_path / "empty").mkdir()
+    assert "no images" in fails(capsys, [*argv, str(tmp_path / "empty")], code=1)
+
+
+def test_two_images_of_one_name_are_not_mixed_up(capsys, tmp_path, run):
+    for folder in ("a", "b"):
+        write_image(tmp_path / folder / "same.png", example().image)
+    argv = ["predict", f"--checkpoint={run}", f"--output={tmp_path / 'out'}"]
+    text = fails(capsys, [*argv, str(tmp_path / "a"), str(tmp_path / "b")], code=1)
+    assert "would be written to the same file" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_evaluating_on_another_label_set_is_refused(capsys, tmp_path, run):
+    other = tmp_path / "config.py"
+    other.write_text(
+        "from pspnet_jax.config import default_config\n"
+        "def get_config():\n    config = default_config()\n    config.name = 'x'\n    return config\n"
+    )
+    argv = ["evaluate", f"--checkpoint={run}", f"--config={other}"]
+    assert "data.labels=ade20k has 150 classes" in fails(capsys, argv, code=1)
+
+
+def test_help(capsys):
+    assert main(["--help"]) == 0
+    overview = capsys.readouterr().out
+    for verb in ("train", "evaluate", "predict"):
+        assert verb in overview
+        assert main([verb, "--help"]) == 0
+    assert "--config.NAME=VALUE" in capsys.readouterr().out

@@ -1,0 +1,191 @@
+"""A run as a whole: files, resuming bit for bit, and faults that lose nothing."""
+
+import json
+
+import numpy as np
+import pytest
+
+from pictures import write_split
+from pspnet_jax import train as train_module
+from pspnet_jax.checkpoint import CheckpointFolder
+from pspnet_jax.config import from_json
+from pspnet_jax.train import compose, train
+from tiny_config import get_config
+
+BUDGET_SECONDS = 150
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("camvid")
+    write_split(root, "train", 5)
+    write_split(root, "val", 3)
+    return root
+
+
+def tiny(data, **overrides):
+    config = get_config()
+    config.data.root = str(data)
+    for name, value in overrides.items():
+        section, key = name.split("__")
+        config[section][key] = value
+    return config
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """An uninterrupted run of six steps."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    train(tiny(data), workdir)
+    return workdir
+
+
+def rows(workdir):
+    """metrics.jsonl without what depends on the clock."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "timing"} for line in lines]
+
+
+def digests(workdir, step):
+    return CheckpointFolder(workdir / "checkpoints").record(step).digests
+
+
+class Killed(Exception):
+    """Stands for a kill at a certain step."""
+
+
+def interrupt_at(monkeypatch, step):
+    """Make the run die when it asks for the batch of `step`."""
+    real = train_module.training_batches
+
+    def dying(*args, first_step, **options):
+        for i, batch in enumerate(real(*args, first_step=first_step, **options), first_step + 1):
+            if i == step:
+                raise Killed
+            yield batch
+
+    monkeypatch.setattr(train_module, "training_batches", dying)
+
+
+def test_a_run_leaves_its_files(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names == {
+        "config.json",
+        "checkpoints",
+        "metrics.jsonl",
+        "tensorboard",
+        "log.txt",
+        "evaluation",
+    }
+    folders = sorted(path.name for path in (finished / "evaluation").iterdir())
+    assert folders == ["00000004-val-whole", "00000006-val-whole"]
+    assert set(CheckpointFolder(finished / "checkpoints").steps()) >= {4, 6}
+    text = (finished / "log.txt").read_text()
+    assert "step 6/6  loss" in text
+    assert "protocol whole flip=True" in text
+
+
+def test_rows_hold_losses_and_evaluations(finished):
+    found = rows(finished)
+    assert [row["step"] for row in found] == [2, 4, 4, 6, 6]
+    assert {"loss", "main_loss", "aux_loss", "learning_rate", "skipped_steps"} <= set(found[0])
+    report = json.loads((finished / "evaluation/00000006-val-whole/report.json").read_text())
+    assert found[-1]["evaluation/whole/mean_iou"] == report["mean_iou"]
+    assert report["checkpoint"]["digest"] == digests(finished, 6)["model"]
+
+
+def test_config_json_holds_resolved_values(finished):
+    config = from_json((finished / "config.json").read_text())
+    assert config.model.pyramid_bins == (1, 2, 3, 6)
+    assert config.model.stem == "deep"
+    assert config.augment.scale_max == 2.0
+    assert config.data.crop_size == (33, 33)
+    assert config.evaluate.split == "val"
+
+
+@pytest.mark.parametrize("step", [4, 6])
+def test_interrupted_equals_uninterrupted_bit_for_bit(
+    finished, data, tmp_path, monkeypatch, step
+):
+    """Killed before `step`, once between two checkpoints and once right after one."""
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step)
+        with pytest.raises(Killed):
+            train(tiny(data), tmp_path)
+    restored = CheckpointFolder(tmp_path / "checkpoints").latest_step()
+    assert restored < step
+    train(tiny(data), tmp_path)
+    assert digests(tmp_path, 6) == digests(finished, 6)
+    assert rows(tmp_path) == rows(finished)
+    assert f"resuming from step {restored}" in (tmp_path / "log.txt").read_text()
+
+
+def test_workers_do_not_change_the_run(finished, data, tmp_path):
+    train(tiny(data, data__num_workers=1), tmp_path)
+    assert digests(tmp_path, 6) == digests(finished, 6)
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_run_ends_the_same(finished, data, tmp_path):
+    train(tiny(data), tmp_path)
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    newest = max((folder.folder(6) / "model").rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
+    newest.write_bytes(newest.read_bytes()[:100])
+    train(tiny(data), tmp_path)
+    assert (tmp_path / "checkpoints/00000006.corrupt").is_dir()
+    assert digests(tmp_path, 6) == digests(finished, 6)
+    assert rows(tmp_path) == rows(finished)
+
+
+def test_a_finished_run_stays_as_it_is(finished, data):
+    before = rows(finished), digests(finished, 6)
+    folder = train(tiny(data), finished)
+    assert (rows(finished), digests(finished, 6)) == before
+    assert (folder / "report.json").is_file()
+
+
+def test_another_network_in_the_folder_is_refused_and_nothing_is_lost(finished, data):
+    before = (finished / "config.json").read_text(), rows(finished)
+    with pytest.raises(ValueError, match=r"holds another network:\n  .*'camvid' with 11 classes there"):
+        train(tiny(data, data__labels="ade20k"), finished)
+    with pytest.raises(ValueError, match="model.width is 8 there, 16 here"):
+        train(tiny(data, model__width=16), finished)
+    with pytest.raises(ValueError, match=r"first_block_dilation is \(2, 4\) there, \(1, 1\) here"):
+        train(tiny(data, model__first_block_dilation=(1, 1)), finished)
+    assert ((finished / "config.json").read_text(), rows(finished)) == before
+    assert digests(finished, 6)
+
+
+def test_changed_options_are_said(finished, data, tmp_path):
+    train(tiny(data, train__num_steps=2), tmp_path)
+    train(tiny(data, train__num_steps=4), tmp_path)
+    assert "train.num_steps: 2 -> 4" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"data__crop_size": (480, 473)}, r"crop_size.* 480 .* must be 8k \+ 1 \(nearest: 473, 481\)"),
+        ({"train__global_batch_size": 12}, "multiple of the 8 devices"),
+        ({"optimizer__momentum": 1.0}, "optimizer.momentum=1.0 must be within"),
+        ({"model__backbone": "resnet20"}, "backbone='resnet20' is not one of"),
+        ({"data__labels": "canvid"}, "did you mean 'camvid'"),
+        ({"data__train_split": "traning"}, "does not hold the split 'traning'"),
+    ],
+)
+def test_faults_are_found_before_anything_is_written(data, tmp_path, override, message):
+    with pytest.raises(ValueError, match=message):
+        compose(tiny(data, **override), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_seed_changes_initialization_and_order(finished, data, tmp_path):
+    config = tiny(data, train__num_steps=2)
+    config.seed = 1
+    train(config, tmp_path)
+    assert rows(tmp_path)[0]["loss"] != rows(finished)[0]["loss"]
+
+
+def test_poly_schedule_ends_at_the_last_step(finished):
+    rates = [row["learning_rate"] for row in rows(finished) if "loss" in row]
+    expected = [0.01 * (1 - step / 6) ** 0.9 for step in (1, 3, 5)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-5)

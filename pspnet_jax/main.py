@@ -133,6 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--help" in rest:
         print(verb_help(name))
         return 0
+    absent = [a for a in rest if a.startswith("--config=") and not Path(a[9:]).is_file()]
+    if absent:
+        return _fail(2, f"{absent[0]}: there is no such file")
     values = flags.FlagValues()
     try:
         verb.define(values, ["pspnet", *rest])
@@ -141,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise flags.Error(
                 f"leftover words: {' '.join(words)} (values are given as --option=value)"
             )
-    except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
+    except (flags.Error, AttributeError, KeyError, TypeError) as error:
         return _fail(2, f"{_explain(error, rest)}\n\nusage: {verb.usage}")
     return _run(verb, values, words)
 
@@ -208,9 +211,6 @@ def _explain(error: Exception, argv: list[str]) -> str:
     text = str(error).strip("\"'")
     if any(a.startswith("--config.") for a in argv) and not any(a.startswith("--config=") for a in argv):
         return _MISSING_CONFIG
-    for path in re.findall(r"--config=(\S+)", " ".join(argv)):
-        if not Path(path).is_file():
-            return f"--config={path}: there is no such file"
     for name in re.findall(r"--config\.([\w.]+)", " ".join(argv)):
         if name not in option_names():
             return f"unknown option --config.{name}{_nearest(name, option_names())}"

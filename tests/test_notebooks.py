@@ -1,0 +1,40 @@
+"""Notebooks run from top to bottom, and are what their plain Python files say."""
+
+import os
+from pathlib import Path
+
+import jupytext
+import nbclient
+import pytest
+
+BUDGET_SECONDS = 120
+
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "experiments/notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_its_python_file(path):
+    notebook, script = jupytext.read(path), jupytext.read(path.with_suffix(".py"))
+    assert [(c.cell_type, c.source) for c in notebook.cells] == [
+        (c.cell_type, c.source) for c in script.cells
+    ]
+    assert not any(cell.get("outputs") for cell in notebook.cells), "clear the outputs"
+
+
+@pytest.mark.filterwarnings("ignore")  # of the notebook client, not of ours
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("NUM_STEPS", "2")
+    monkeypatch.setenv("WORKDIR", str(tmp_path / "run"))
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    notebook = jupytext.read(path)
+    client = nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": path.parent}}
+    )
+    client.execute(env={**os.environ})
+    printed = "".join(
+        output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])
+    )
+    assert "mean IoU" in printed
+    assert (tmp_path / "run/checkpoints/00000002").is_dir()

@@ -1,6 +1,6 @@
 """CamVid (11 classes, 360 x 480), ResNet-18 from scratch.
 
-    python -m pspnet_jax.main --config=configs/camvid_resnet18.py --config.data.root=DIR
+python -m pspnet_jax.main --config=configs/camvid_resnet18.py --config.data.root=DIR
 """
 
 from pspnet_jax.config import default_config

@@ -92,7 +92,7 @@ FULL = Sizes(
 )
 SMALL = Sizes(
     batch=2,
-    side=13,
+    side=12,
     dilated=((4, 2), (8, 4)),
     pointwise=((16, 4), (4, 16)),
     backbone="resnet10",
@@ -198,7 +198,9 @@ def kernel_gradient_products(x: jax.Array, g: jax.Array, dilation: int) -> jax.A
     padded = jnp.pad(x, [(0, 0), (dilation, dilation), (dilation, dilation), (0, 0)])
 
     def tap(i: int, j: int) -> jax.Array:
-        shifted = padded[:, i * dilation : i * dilation + height, j * dilation : j * dilation + width]
+        shifted = padded[
+            :, i * dilation : i * dilation + height, j * dilation : j * dilation + width
+        ]
         return jnp.einsum("nhwi,nhwo->io", shifted, g, preferred_element_type=jnp.float32)
 
     taps = jnp.stack([jnp.stack([tap(i, j) for j in range(3)]) for i in range(3)])
@@ -284,7 +286,11 @@ def measure_dilated(sizes: Sizes, column: str) -> None:
     """Rows of part 1 by JAX."""
     for channels, dilation in sizes.dilated:
         shape = (sizes.batch, sizes.side, sizes.side, channels)
-        x, g, kernel = random_array(shape), random_array(shape), random_array((3, 3, *shape[3:] * 2))
+        x, g, kernel = (
+            random_array(shape),
+            random_array(shape),
+            random_array((3, 3, *shape[3:] * 2)),
+        )
         name, flops = f"{channels} channels, d={dilation}", _dilated_flops(sizes, channels)
         seconds = functools.partial(seconds_of_jax, sizes=sizes)
         with recorded(1, f"{name}: forward", column) as row:
@@ -296,11 +302,12 @@ def measure_dilated(sizes: Sizes, column: str) -> None:
         for form in KERNEL_GRADIENTS:
             with recorded(1, f"{name}: kernel gradient, {form}", column) as row:
                 refuse_wrong_form(form, side=sizes.side, dilation=dilation)
-                row.update(seconds=_kernel_gradient_seconds(form, x, g, dilation, sizes), flops=flops)
+                row.update(
+                    seconds=_kernel_gradient_seconds(form, x, g, dilation, sizes), flops=flops
+                )
         for form in KERNEL_GRADIENTS:
             with recorded(1, f"{name}: three in a row, all gradients, {form}", column) as row:
-                refuse_wrong_form(form, side=sizes.side, dilation=dilation)
-                _check_stage(form, sizes.side, dilation)
+                refuse_wrong_stage(form, side=sizes.side, dilation=dilation)
                 stage = functools.partial(_stage_gradients, form, dilation)
                 row.update(seconds=seconds(stage, x, [kernel] * 3, g), flops=9 * flops)
 
@@ -349,12 +356,14 @@ def _kernel_gradient_seconds(form: str, x, g, dilation: int, sizes: Sizes) -> fl
     return seconds_of_jax(gradient, x, g, sizes=sizes)
 
 
-def _stage_gradients(form: str, dilation: int, x: jax.Array, kernels: list[jax.Array], g: jax.Array):
+def _stage_gradients(
+    form: str, dilation: int, x: jax.Array, kernels: list[jax.Array], g: jax.Array
+):
     y, transpose = jax.vjp(lambda x, k: three_convolutions(form, x, k, dilation), x, kernels)
     return y, transpose(g)
 
 
-def _check_stage(form: str, side: int, dilation: int) -> None:
+def refuse_wrong_stage(form: str, *, side: int, dilation: int) -> None:
     """Raise where three convolutions of a form do not give what those of the default give.
 
     A split stage whose side is no multiple of the dilation is wrong from its second convolution on:
@@ -388,7 +397,10 @@ def measure_pointwise(sizes: Sizes) -> None:
     for in_channels, out_channels in sizes.pointwise:
         maps = (sizes.batch, sizes.side, sizes.side)
         x, residual, g = (random_array((*maps, c)) for c in (in_channels, *(out_channels,) * 2))
-        kernel, bias = random_array((in_channels, out_channels)), random_array((1, 1, 1, out_channels))
+        kernel, bias = (
+            random_array((in_channels, out_channels)),
+            random_array((1, 1, 1, out_channels)),
+        )
         flops = 2.0 * np.prod(maps) * in_channels * out_channels
         for ending, finish in endings.items():
             for column, product in products.items():
@@ -400,7 +412,10 @@ def measure_pointwise(sizes: Sizes) -> None:
                     y, transpose = jax.vjp(forward, *arguments)
                     return y, transpose(g)
 
-                line, operands = f"{in_channels} -> {out_channels}, {ending}", (x, kernel, bias, residual)
+                line, operands = (
+                    f"{in_channels} -> {out_channels}, {ending}",
+                    (x, kernel, bias, residual),
+                )
                 with recorded(2, f"{line}: forward", column) as row:
                     row.update(seconds=seconds_of_jax(forward, *operands, sizes=sizes), flops=flops)
                 with recorded(2, f"{line}: forward and gradients", column) as row:
@@ -644,15 +659,24 @@ def run_worker(name: str, sizes: Sizes) -> None:
 
         is_cuda = _torch_device() == "cuda"
         device = torch.cuda.get_device_name() if is_cuda else platform.machine()
-        emit("environment", "PyTorch", f"torch {torch.__version__}, CUDA {torch.version.cuda}", device=device)
+        emit(
+            "environment",
+            "PyTorch",
+            f"torch {torch.__version__}, CUDA {torch.version.cuda}",
+            device=device,
+        )
     else:
         device = jax.local_devices()[0].device_kind
-        versions = [f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "optax")]
+        versions = [
+            f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "optax")
+        ]
         emit("environment", "JAX", ", ".join(versions), device=device)
     task.run(sizes)
 
 
-def run_task(name: str, *, small: bool, seconds: float, log: Path, take: Callable[[dict], None]) -> None:
+def run_task(
+    name: str, *, small: bool, seconds: float, log: Path, take: Callable[[dict], None]
+) -> None:
     """Run a task in a process of its own for at most `seconds`, handing each row to `take`."""
     task = TASKS[name]
     failed = {"part": task.part, "line": "task " + name, "column": task.columns[0]}
@@ -711,7 +735,9 @@ def network_table(rows: list[dict], notes: dict[str, str], *, small: bool) -> li
     rows = [row for row in rows if row["part"] == 3]
     for line in dict.fromkeys(row["line"] for row in rows):
         same = [row for row in rows if row["line"] == line]
-        rates = [_rate(row) for row in same if row["column"].startswith("PyTorch") and "images" in row]
+        rates = [
+            _rate(row) for row in same if row["column"].startswith("PyTorch") and "images" in row
+        ]
         for row in same:
             cells = _network_cells(row, max(rates, default=None), small=small)
             text.append(f"| {line} | {row['column']} | " + " | ".join(cells) + " |")
@@ -765,7 +791,10 @@ def write_report(output: Path, report: dict) -> None:
         if row["part"] == "environment":
             said = f"{row['line']}: {row['device']}; {row['column']}"
             text += [said, ""] if said not in text else []
-    text += [f"Commit: {report['commit']}. Python {report['python']}. Sizes: {report['sizes']}.", ""]
+    text += [
+        f"Commit: {report['commit']}. Python {report['python']}. Sizes: {report['sizes']}.",
+        "",
+    ]
     for part, explanation in EXPLANATIONS.items():
         made = network_table(rows, notes, small=small) if part == 3 else table(part, rows, notes)
         text += [f"## Part {part}", "", explanation, "", *made, ""]

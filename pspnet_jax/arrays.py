@@ -17,21 +17,21 @@ IGNORE_LABEL = 255
 
 AnyArray = jax.Array | np.ndarray
 
-RawImage = UInt8[AnyArray, "height width 3"]
+RawImage = UInt8[np.ndarray, "height width 3"]
 """One photograph: RGB, 0 .. 255."""
-LabelMap = UInt8[AnyArray, "height width"]
+LabelMap = UInt8[np.ndarray, "height width"]
 """One mask of train ids, or one predicted class map."""
 
 RawImages = UInt8[AnyArray, "batch height width 3"]
 Images = Float[AnyArray, "batch height width 3"]
 """Normalized images: (RGB - mean) / standard deviation."""
 Labels = UInt8[AnyArray, "batch height width"]
-Features = Float[AnyArray, "batch _height _width _channels"]
+Features = Float[jax.Array, "batch _height _width _channels"]
 """Feature maps; names with an underscore may change within one function."""
-Logits = Float[AnyArray, "batch height width classes"]
-Probabilities = Float32[AnyArray, "batch height width classes"]
-PresenceLogits = Float[AnyArray, "batch classes"]
-Scalar = Shaped[AnyArray, ""]
+Logits = Float[jax.Array, "batch height width classes"]
+Probabilities = Float32[jax.Array, "batch height width classes"]
+PresenceLogits = Float[jax.Array, "batch classes"]
+Scalar = Shaped[jax.Array, ""]
 
 
 class Example(NamedTuple):

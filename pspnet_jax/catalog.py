@@ -13,6 +13,7 @@ import difflib
 import importlib.resources
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -81,7 +82,7 @@ class LabelSet:
 
     @classmethod
     def from_json(cls, data: dict) -> "LabelSet":
-        def as_tuple(value):
+        def as_tuple(value: Any) -> Any:
             return tuple(map(as_tuple, value)) if isinstance(value, list | tuple) else value
 
         return cls(**{name: as_tuple(value) for name, value in data.items()})
@@ -135,7 +136,9 @@ def _parse(name: str, text: str, crop_size: tuple[int, int]) -> LabelSet:
         void_raw_ids = tuple(raw for row in void for raw in map(int, row["raw_ids"].split()))
         ids = [int(row["id"]) for row in classes]
     except ValueError as error:
-        raise ValueError(f"label set '{name}': {error}; all but names must be whole numbers") from None
+        raise ValueError(
+            f"label set '{name}': {error}; all but names must be whole numbers"
+        ) from None
     _check(name, ids, colors, [raw for group in (*raw_ids, void_raw_ids) for raw in group])
     return LabelSet(
         name=name,

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -49,7 +50,7 @@ class CheckpointFolder:
 
     def __init__(self, path: Path | str):
         self.path = Path(path).absolute()
-        self._pending: tuple[int, object] | None = None
+        self._pending: tuple[int, ocp.AsyncResponse] | None = None
 
     def __enter__(self) -> "CheckpointFolder":
         return self
@@ -74,7 +75,7 @@ class CheckpointFolder:
             CorruptCheckpointError: where they cannot be read.
         """
         try:
-            metadata = ocp.checkpointables_metadata(self.folder(step)).custom_metadata
+            metadata: Any = ocp.checkpointables_metadata(str(self.folder(step))).custom_metadata
             return StepRecord(metadata["digests"], metadata["mean_iou"])
         except Exception as error:
             raise CorruptCheckpointError(f"{self.folder(step)}: {error}") from error
@@ -95,10 +96,10 @@ class CheckpointFolder:
         host_parts = {name: jax.tree.map(_to_host_copy, part) for name, part in parts.items()}
         digests = {name: digest(part) for name, part in host_parts.items()}
         response = ocp.save_checkpointables_async(
-            self.folder(step),
+            str(self.folder(step)),
             host_parts,
             overwrite=True,
-            custom_metadata={"digests": digests, "mean_iou": mean_iou},
+            custom_metadata={"digests": {**digests}, "mean_iou": mean_iou},
         )
         self._pending = (step, response)
 
@@ -122,14 +123,16 @@ class CheckpointFolder:
         record = self.record(step)
         sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
         try:
-            stored = ocp.checkpointables_metadata(self.folder(step)).metadata[part]
+            stored = ocp.checkpointables_metadata(str(self.folder(step))).metadata[part]
             target = jax.tree.map(lambda leaf: _abstract(leaf, sharding), stored)
-            tree = ocp.load_checkpointables(self.folder(step), {part: target})[part]
+            tree = ocp.load_checkpointables(str(self.folder(step)), {part: target})[part]
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise CorruptCheckpointError(f"{self.folder(step) / part}: {reason}") from error
         if digest(tree) != record.digests.get(part):
-            raise CorruptCheckpointError(f"{self.folder(step) / part}: values differ from its digest")
+            raise CorruptCheckpointError(
+                f"{self.folder(step) / part}: values differ from its digest"
+            )
         return tree
 
     def set_aside(self, step: int) -> Path:
@@ -170,7 +173,7 @@ def digest(tree: Tree) -> str:
     return result.hexdigest()
 
 
-def flatten(tree: Tree, prefix: str = "") -> dict[str, object]:
+def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
     """Dotted name -> leaf, sorted by name."""
     leaves = {}
     for key in sorted(tree):
@@ -194,16 +197,17 @@ def check_same_shapes(stored: Tree, wanted: Tree, *, where: str) -> None:
         if name in old and old[name] != new[name]
     ]
     if faults:
-        shown = "\n  ".join(faults[:20] + ([f"... and {len(faults) - 20} more"] * (len(faults) > 20)))
+        shown = "\n  ".join(
+            faults[:20] + ([f"... and {len(faults) - 20} more"] * (len(faults) > 20))
+        )
         raise ValueError(f"{where} does not fit this network:\n  {shown}")
 
 
-
-def _to_host_copy(leaf: object) -> object:
+def _to_host_copy(leaf: Any) -> Any:
     return leaf if isinstance(leaf, str) else np.array(leaf)
 
 
-def _abstract(leaf: object, sharding: jax.sharding.Sharding) -> object:
+def _abstract(leaf: Any, sharding: jax.sharding.Sharding) -> Any:
     if not hasattr(leaf, "shape"):
         return leaf  # a string: Orbax's metadata stands for itself
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

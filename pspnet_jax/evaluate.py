@@ -68,8 +68,9 @@ def evaluate(
     for batch in equal_size_batches(evaluation_examples(source), batch_size):
         class_maps = segmenter.class_maps(batch.images, protocol=protocol)
         for i in np.flatnonzero(batch.valid):
-            confusion += confusion_matrix(batch.labels[i], class_maps[i], label_set.num_classes)
-            if batch.index[i] in shown:
+            truth = np.asarray(batch.labels[i])
+            confusion += confusion_matrix(truth, class_maps[i], label_set.num_classes)
+            if int(batch.index[i]) in shown:
                 predictions[int(batch.index[i])] = class_maps[i]
         num_done += int(batch.valid.sum())
         if time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
@@ -250,7 +251,9 @@ def run(
     segmenter = load(checkpoint, step=step)
     run_config = Path(checkpoint) / "config.json"
     if config is None and not run_config.is_file():
-        raise ValueError(f"{checkpoint} has no config.json: say where the data is with --config=FILE")
+        raise ValueError(
+            f"{checkpoint} has no config.json: say where the data is with --config=FILE"
+        )
     if config is None:
         config = config_module.from_json(run_config.read_text())
     label_set = load_label_set(config.data.labels)
@@ -269,9 +272,7 @@ def run(
         root=config.data.root,
     )
     chosen = segmenter.choose_protocol(protocol, flip=flip)
-    evaluation = evaluate(
-        segmenter, source, protocol=chosen, batch_size=config.evaluate.batch_size
-    )
+    evaluation = evaluate(segmenter, source, protocol=chosen, batch_size=config.evaluate.batch_size)
     number = segmenter.provenance.step
     folder = (
         Path(output)

@@ -11,27 +11,29 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
 from pspnet_jax.config import option_names
 
-
 _MISSING_CONFIG = "--config=FILE is missing, e.g. --config=configs/scenes.py"
 
 
-def define_train(values: flags.FlagValues, argv: list[str]) -> None:
+def _define_train(values: flags.FlagValues, argv: list[str]) -> None:
     _define_config(values, argv)
     flags.DEFINE_string(
         "workdir", None, "Folder of the run (default: runs/<name>).", flag_values=values
     )
 
 
-def define_evaluate(values: flags.FlagValues, argv: list[str]) -> None:
+def _define_evaluate(values: flags.FlagValues, argv: list[str]) -> None:
     _define_checkpoint(values)
     _define_config(values, argv)
-    flags.DEFINE_string("split", None, "Split of the data (default: the config's).", flag_values=values)
+    flags.DEFINE_string(
+        "split", None, "Split of the data (default: the config's).", flag_values=values
+    )
     flags.DEFINE_string(
         "protocol", None, "Protocol: whole (default: the checkpoint's).", flag_values=values
     )
@@ -43,45 +45,45 @@ def define_evaluate(values: flags.FlagValues, argv: list[str]) -> None:
     )
 
 
-def define_predict(values: flags.FlagValues, argv: list[str]) -> None:
+def _define_predict(values: flags.FlagValues, argv: list[str]) -> None:
     _define_checkpoint(values)
     flags.DEFINE_string("output", None, "Folder of the results.", flag_values=values)
     flags.DEFINE_boolean("overwrite", False, "Replace results that exist.", flag_values=values)
 
 
-def run_train(values: flags.FlagValues, words: list[str]) -> None:
+def _run_train(values: flags.FlagValues, words: list[str]) -> None:
     from pspnet_jax.train import train
 
-    config = values["config"].value
+    config = _value(values, "config")
     if config is None:
         raise flags.ValidationError(_MISSING_CONFIG)
-    folder = train(config, Path(values["workdir"].value or Path("runs") / str(config.name)))
+    folder = train(config, Path(_value(values, "workdir") or Path("runs") / str(config.name)))
     print(f"report: {folder / 'report.md'}\npicture: {folder / 'panels' / 'overview.png'}")
 
 
-def run_evaluate(values: flags.FlagValues, words: list[str]) -> None:
+def _run_evaluate(values: flags.FlagValues, words: list[str]) -> None:
     from pspnet_jax import evaluate
 
     evaluate.run(
         _required(values, "checkpoint"),
-        config=values["config"].value,
-        step=values["step"].value,
-        split=values["split"].value,
-        protocol=values["protocol"].value,
-        flip=values["flip"].value,
-        output=values["output"].value,
+        config=_value(values, "config"),
+        step=_value(values, "step"),
+        split=_value(values, "split"),
+        protocol=_value(values, "protocol"),
+        flip=_value(values, "flip"),
+        output=_value(values, "output"),
     )
 
 
-def run_predict(values: flags.FlagValues, words: list[str]) -> None:
+def _run_predict(values: flags.FlagValues, words: list[str]) -> None:
     from pspnet_jax import predict
 
     predict.run(
         _required(values, "checkpoint"),
         words,
         output=_required(values, "output"),
-        overwrite=values["overwrite"].value,
-        step=values["step"].value,
+        overwrite=_value(values, "overwrite"),
+        step=_value(values, "step"),
     )
 
 
@@ -100,20 +102,20 @@ VERBS = {
     "train": Verb(
         "train a network, then evaluate it; the same command resumes",
         "pspnet --config=configs/scenes.py [--workdir=DIR] [--config.train.num_steps=1000]",
-        define_train,
-        run_train,
+        _define_train,
+        _run_train,
     ),
     "evaluate": Verb(
         "score a checkpoint on a split, with a report and pictures",
         "pspnet evaluate --checkpoint=runs/scenes [--step=best|latest|N] [--noflip]",
-        define_evaluate,
-        run_evaluate,
+        _define_evaluate,
+        _run_evaluate,
     ),
     "predict": Verb(
         "class maps, palette pictures and overlays of images",
         "pspnet predict --checkpoint=runs/scenes --output=DIR [--overwrite] IMAGE_OR_FOLDER...",
-        define_predict,
-        run_predict,
+        _define_predict,
+        _run_predict,
         takes_words=True,
     ),
 }
@@ -184,8 +186,12 @@ def _define_checkpoint(values: flags.FlagValues) -> None:
     flags.DEFINE_string("step", "best", "best, latest, or a step number.", flag_values=values)
 
 
-def _required(values: flags.FlagValues, name: str) -> str:
-    value = values[name].value
+def _value(values: flags.FlagValues, name: str) -> Any:
+    return values[name].value
+
+
+def _required(values: flags.FlagValues, name: str) -> Any:
+    value = _value(values, name)
     if value is None:
         raise flags.ValidationError(f"--{name}=... is missing")
     return value
@@ -209,7 +215,9 @@ def _run(verb: Verb, values: flags.FlagValues, words: list[str]) -> int:
 
 def _explain(error: Exception, argv: list[str]) -> str:
     text = str(error).strip("\"'")
-    if any(a.startswith("--config.") for a in argv) and not any(a.startswith("--config=") for a in argv):
+    if any(a.startswith("--config.") for a in argv) and not any(
+        a.startswith("--config=") for a in argv
+    ):
         return _MISSING_CONFIG
     for name in re.findall(r"--config\.([\w.]+)", " ".join(argv)):
         if name not in option_names():

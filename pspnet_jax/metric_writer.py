@@ -37,7 +37,9 @@ class MetricWriter:
         self._file = path.open("a")
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
 
-    def write(self, step: int, scalars: Mapping[str, float], *, timing: Mapping[str, float]) -> None:
+    def write(
+        self, step: int, scalars: Mapping[str, float], *, timing: Mapping[str, float]
+    ) -> None:
         """Append one row; values that are not finite become null in the JSON."""
         if self._file is None:
             return

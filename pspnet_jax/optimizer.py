@@ -12,9 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from pspnet_jax.arrays import Scalar
-
-Schedule = Callable[[Scalar | int], Scalar]
+Schedule = optax.Schedule
 Path = tuple[str, ...]
 
 
@@ -47,7 +45,7 @@ def sgd(
         is_head: of a parameter's path of string keys.
     """
 
-    def multiply_heads(updates: optax.Updates, params: optax.Params) -> optax.Updates:
+    def multiply_heads(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
         def scale(path: tuple[jax.tree_util.DictKey, ...], update: jax.Array) -> jax.Array:
             keys = tuple(key.key for key in path)
             return update * head_multiplier if is_head(keys) else update

@@ -14,10 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float64
 
-from pspnet_jax.arrays import AnyArray
-
 Pair = tuple[int, int]
-Maps = Float[AnyArray, "batch _height _width channels"]
+Maps = Float[jax.Array, "batch _height _width channels"]
 """Feature maps or logits: batch and channels stay, height and width change."""
 
 
@@ -72,7 +70,8 @@ def adaptive_average_pool(x: Maps, num_bins: int) -> Maps:
 def adaptive_max_pool(x: Maps, num_bins: int) -> Maps:
     """As `adaptive_average_pool`, with the maximum of each bin."""
     rows = [
-        x[:, start:end].max(axis=1, keepdims=True) for start, end in pooling_bins(x.shape[1], num_bins)
+        x[:, start:end].max(axis=1, keepdims=True)
+        for start, end in pooling_bins(x.shape[1], num_bins)
     ]
     x = jnp.concatenate(rows, axis=1)
     columns = [
@@ -91,7 +90,7 @@ def resize(x: Maps, size: Pair, *, align_corners: bool) -> Maps:
     return _separable(x, rows, columns)
 
 
-def _accumulator(x: AnyArray) -> np.dtype:
+def _accumulator(x: jax.Array) -> np.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
@@ -103,7 +102,7 @@ def _separable(
     """rows @ x @ columns^T for every image and channel."""
     dtype = _accumulator(x)
 
-    def contract(equation: str, matrix: np.ndarray, maps: AnyArray) -> jax.Array:
+    def contract(equation: str, matrix: np.ndarray, maps: jax.Array) -> jax.Array:
         # The weights are positions, not learned values: rounding them to TF32 or bfloat16 would move pixels.
         return jnp.einsum(equation, matrix.astype(dtype), maps, precision=jax.lax.Precision.HIGHEST)
 

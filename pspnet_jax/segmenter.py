@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Float32
+from jaxtyping import Float32, UInt8
 
 from pspnet_jax import parallel, windows
 from pspnet_jax.arrays import Images, LabelMap, Labels, Logits, RawImage, RawImages
@@ -117,7 +117,9 @@ class Segmenter:
         """The most probable class of each pixel of one image, as train ids."""
         return self.class_maps(np.asarray(image)[None], protocol=self.protocol)[0]
 
-    def class_maps(self, images: RawImages, *, protocol: Protocol) -> Labels:
+    def class_maps(
+        self, images: RawImages, *, protocol: Protocol
+    ) -> UInt8[np.ndarray, "batch height width"]:
         """As `class_map`, for images of equal size that go through together."""
         batch = self._place(images)
         maps = self._jit_class_maps(self._params, self._batch_stats, batch, protocol=protocol)
@@ -138,11 +140,10 @@ class Segmenter:
     def _logits_of(self, params: Tree, batch_stats: Tree, images: Images) -> Logits:
         options = self.description.model
         height, width = images.shape[1:3]
-        padded = tuple(FAMILIES[options.family].padded(side) for side in (height, width))
+        family = FAMILIES[options.family]
+        padded = (family.padded(height), family.padded(width))
         # Normalized, the mean color is 0.
-        images = jnp.pad(
-            images, ((0, 0), (0, padded[0] - height), (0, padded[1] - width), (0, 0))
-        )
+        images = jnp.pad(images, ((0, 0), (0, padded[0] - height), (0, padded[1] - width), (0, 0)))
         model = nnx.merge(self._graphdef, params, batch_stats)
         logits = model(images, train=False).logits
         return resize(logits, padded, align_corners=options.align_corners)[:, :height, :width]

@@ -37,7 +37,13 @@ from pspnet_jax.metric_writer import MetricWriter, log_to, progress_line
 from pspnet_jax.models.pspnet import FAMILIES, ModelOptions, PSPNet, check_size, is_head
 from pspnet_jax.optimizer import Schedule, poly_schedule, sgd
 from pspnet_jax.segmenter import Description, Provenance, Segmenter, model_part
-from pspnet_jax.train_step import TrainState, TrainStep, create_train_state, make_train_step
+from pspnet_jax.train_step import (
+    Metrics,
+    TrainState,
+    TrainStep,
+    create_train_state,
+    make_train_step,
+)
 from pspnet_jax.windows import PROTOCOLS
 
 log = logging.getLogger("pspnet_jax")
@@ -208,7 +214,7 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._writer.close()
 
-    def log(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    def log(self, step: int, metrics: Metrics) -> None:
         """Every `log_every_steps` steps and at the last: one row and one line."""
         options = self._options
         if step % options.log_every_steps != 0 and step != options.num_steps:
@@ -245,7 +251,8 @@ def compose(config: ConfigDict, workdir: Path) -> Run:
     options = ModelOptions.resolve(config.model.to_dict())
     family = FAMILIES[options.family]
     augmentation = Augmentation.resolve(config.augment.to_dict())
-    crop_size = tuple(config.data.crop_size or label_set.crop_size)
+    crop_height, crop_width = config.data.crop_size or label_set.crop_size
+    crop_size = (crop_height, crop_width)
     _check_crop_size(crop_size, options)
     mesh = parallel.make_mesh()
     parallel.check_batch_size(config.train.global_batch_size, mesh)
@@ -271,9 +278,7 @@ def compose(config: ConfigDict, workdir: Path) -> Run:
         mesh=mesh,
         source=source,
         validation=validation,
-        augment=RandomCrop(
-            augmentation, crop_size, fill=tuple(round(v) for v in family.normalization.mean)
-        ),
+        augment=RandomCrop(augmentation, crop_size, fill=family.normalization.mean_color),
         initial_state=create_train_state(model, optimizer),
         train_step=compile_step(step, mesh),
         checkpoints=CheckpointFolder(workdir / "checkpoints"),

@@ -6,6 +6,7 @@
 * A loss or gradient that is not finite changes nothing but the count of skipped steps.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -26,7 +27,7 @@ class TrainState:
 
     step: jax.Array
     """i32 scalar: optimizer steps taken, skipped ones included."""
-    params: dict
+    params: optax.Params
     batch_stats: dict
     opt_state: optax.OptState
     skipped_steps: jax.Array
@@ -113,7 +114,9 @@ def make_train_step(
             opt_state=opt_state,
             skipped_steps=state.skipped_steps,
         )
-        unchanged = state.replace(step=state.step + 1, skipped_steps=state.skipped_steps + 1)
+        unchanged = dataclasses.replace(
+            state, step=state.step + 1, skipped_steps=state.skipped_steps + 1
+        )
         next_state = jax.tree.map(
             lambda new, old: jnp.where(is_finite, new, old), proposed, unchanged
         )

@@ -27,7 +27,9 @@ def colorize(labels: LabelMap, palette: Palette) -> RawImage:
     return palette[labels]
 
 
-def overlay(image: RawImage, labels: LabelMap, palette: Palette, *, opacity: float = 0.5) -> RawImage:
+def overlay(
+    image: RawImage, labels: LabelMap, palette: Palette, *, opacity: float = 0.5
+) -> RawImage:
     """The class colors laid over the photograph; void pixels show the photograph alone."""
     mixed = (1 - opacity) * image + opacity * colorize(labels, palette)
     is_void = (labels == IGNORE_LABEL)[..., None]

@@ -33,7 +33,9 @@ class Protocol:
 PROTOCOLS = {"whole": Protocol("whole", flip=True, absent_class="skip")}
 
 
-def probabilities(logits_of: LogitsFunction, images: Images, *, protocol: Protocol) -> Probabilities:
+def probabilities(
+    logits_of: LogitsFunction, images: Images, *, protocol: Protocol
+) -> Probabilities:
     """Class probabilities of whole images, f32[batch, height, width, classes].
 
     Args:

@@ -28,7 +28,16 @@ FOLDERS = {
     "models/": ["layers", "resnet", "pyramid", "pspnet"],
 }
 FOUNDATIONS = {"arrays", "resample", "catalog"}  # where the modules of layer 2 meet
-PURE = ["arrays", "resample", "losses", "optimizer", "metrics", "train_step", "windows", "visualize"]
+PURE = [
+    "arrays",
+    "resample",
+    "losses",
+    "optimizer",
+    "metrics",
+    "train_step",
+    "windows",
+    "visualize",
+]
 PURE += ["models/layers", "models/resnet", "models/pyramid", "models/pspnet", "data/transforms"]
 IMPURE_IMPORTS = {"os", "time", "pathlib", "shutil", "random", "logging", "sys", "io", "tempfile"}
 
@@ -141,4 +150,6 @@ def test_functions_fit_in_the_head():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
                 length = node.end_lineno - node.lineno + 1
-                assert length <= 60 or node.name == "default_config", f"{module}.{node.name} has {length} lines"
+                assert length <= 60 or node.name == "default_config", (
+                    f"{module}.{node.name} has {length} lines"
+                )

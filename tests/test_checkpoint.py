@@ -23,7 +23,10 @@ def parts(value):
             "batch_stats": {},
             "description": '{"width": 8}',
         },
-        "optimizer": {"opt_state": {"0": {}, "1": {"trace": jnp.ones(2)}}, "step": jnp.int32(value)},
+        "optimizer": {
+            "opt_state": {"0": {}, "1": {"trace": jnp.ones(2)}},
+            "step": jnp.int32(value),
+        },
     }
 
 
@@ -38,7 +41,9 @@ def saved(tmp_path, scores):
 
 def values_file(folder, step, part):
     """The largest file of a part: its array values."""
-    return max((folder.folder(step) / part).rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
+    return max(
+        (folder.folder(step) / part).rglob("*"), key=lambda p: p.stat().st_size * p.is_file()
+    )
 
 
 def test_round_trip_is_bit_exact_and_keeps_the_description(tmp_path):
@@ -155,7 +160,11 @@ def test_shape_report_lists_all_offenders():
     wanted = {"a": np.ones(4), "b": {"c": np.ones((2, 2))}, "new": np.ones(1)}
     with pytest.raises(ValueError, match="does not fit") as caught:
         check_same_shapes(stored, wanted, where="step 3")
-    for text in ("a is (3,) in the checkpoint and (4,)", "new is not in the ch", "old is not in the n"):
+    for text in (
+        "a is (3,) in the checkpoint and (4,)",
+        "new is not in the ch",
+        "old is not in the n",
+    ):
         assert text in str(caught.value)
     check_same_shapes(stored, stored, where="step 3")
 

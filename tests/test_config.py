@@ -2,7 +2,14 @@
 
 import pytest
 
-from pspnet_jax.config import _CONSTRAINTS, default_config, from_json, option_names, to_json, validate
+from pspnet_jax.config import (
+    _CONSTRAINTS,
+    default_config,
+    from_json,
+    option_names,
+    to_json,
+    validate,
+)
 
 BUDGET_SECONDS = 10
 
@@ -46,9 +53,9 @@ def test_all_faults_are_listed_at_once():
 
 
 def test_name_must_be_a_folder():
+    config = config_named()
+    config.name = "a/b"
     with pytest.raises(ValueError, match="name='a/b' must be the name of a folder"):
-        config = config_named()
-        config.name = "a/b"
         validate(config)
 
 

@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from pictures import ExampleSource, example
 from pspnet_jax import evaluate
 from pspnet_jax.arrays import IGNORE_LABEL
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.metrics import confusion_matrix
 from pspnet_jax.segmenter import Provenance, Segmenter
 from pspnet_jax.windows import PROTOCOLS
+
+from pictures import ExampleSource, example
 
 BUDGET_SECONDS = 20
 

@@ -4,9 +4,10 @@ import cv2
 import numpy as np
 import pytest
 
-from pictures import write_split
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.data.folders import DataError, FolderSource, read_image, read_mask
+
+from pictures import write_split
 
 BUDGET_SECONDS = 15
 
@@ -60,7 +61,7 @@ def test_wrong_root_says_what_was_expected_found_and_where_it_comes_from(tmp_pat
     assert "--config.data.root=DIR" in text
     with pytest.raises(DataError, match="no folder"):
         open_camvid(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="data.root is not set"):
+    with pytest.raises(DataError, match=r"data\.root is not set"):
         FolderSource(None, layout="ade20k", split="training", label_set=CAMVID)
 
 

@@ -20,7 +20,7 @@ BUDGET_SECONDS = 40
 
 
 def random(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
 def convolve_by_loops(x, kernel, stride, dilation):
@@ -52,7 +52,13 @@ def test_convolution_pads_as_pytorch(shape, size, stride, dilation):
 
 def test_bias_is_added():
     conv = Conv(
-        3, 4, 1, use_bias=True, initializer=TORCH_DEFAULT, dtype=jnp.float32, rng=np.random.default_rng(0)
+        3,
+        4,
+        1,
+        use_bias=True,
+        initializer=TORCH_DEFAULT,
+        dtype=jnp.float32,
+        rng=np.random.default_rng(0),
     )
     x = jnp.zeros((1, 2, 2, 3))
     np.testing.assert_array_equal(conv(x)[0, 1, 1], conv.bias[...])
@@ -71,7 +77,10 @@ def test_moments_of_initialization(initializer, variance):
 def test_torch_default_is_uniform_within_its_bound():
     bound = (9 * 32) ** -0.5
     rng = np.random.default_rng(0)
-    for values in (TORCH_DEFAULT.kernel(rng, (3, 3, 32, 64)), TORCH_DEFAULT.bias(rng, (3, 3, 32, 6400))):
+    for values in (
+        TORCH_DEFAULT.kernel(rng, (3, 3, 32, 64)),
+        TORCH_DEFAULT.bias(rng, (3, 3, 32, 6400)),
+    ):
         assert np.abs(values).max() == pytest.approx(bound, rel=0.01)
     assert not HE_FAN_OUT.bias(rng, (3, 3, 32, 64)).any()
 
@@ -80,7 +89,7 @@ class TestBatchNorm:
     def test_training_normalizes_and_moves_running_statistics(self):
         norm = BatchNorm(3)
         x = random(2, 5, 4, 3) * 2 + 7
-        flat = x.reshape(-1, 3).astype(np.float64)
+        flat = np.asarray(x, np.float64).reshape(-1, 3)
         y = norm(x, train=True)
         expected = (flat - flat.mean(0)) / np.sqrt(flat.var(0) + 1e-5)
         np.testing.assert_allclose(np.reshape(y, (-1, 3)), expected, atol=1e-5)
@@ -118,7 +127,7 @@ class TestBatchNorm:
         np.testing.assert_array_equal(norm.mean[...], exact.mean[...])
 
     def test_one_value_per_channel_is_an_error(self):
-        with pytest.raises(ValueError, match="one value per channel.*global batch of at least 2"):
+        with pytest.raises(ValueError, match=r"one value per channel.*global batch of at least 2"):
             BatchNorm(3)(jnp.ones((1, 1, 1, 3)), train=True)
 
 

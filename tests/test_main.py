@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import pspnet_jax
-from pictures import example, write_image, write_split
 from pspnet_jax.main import main
+
+from pictures import example, write_image, write_split
 
 BUDGET_SECONDS = 120
 
@@ -99,7 +100,10 @@ def test_predict_overwrites_only_when_told(run, data, tmp_path, capsys):
     ("argv", "message"),
     [
         (["--config.train.num_steps=3"], "--config=FILE is missing"),
-        ([f"--config={CONFIG}", "--config.optimizer.learnig_rate=1"], "did you mean 'optimizer.lea"),
+        (
+            [f"--config={CONFIG}", "--config.optimizer.learnig_rate=1"],
+            "did you mean 'optimizer.lea",
+        ),
         ([f"--config={CONFIG}", "--config.evaluate.flip", "false"], "leftover words: false"),
         ([f"--config={CONFIG}", "--config.train.num_steps=1.5"], "num_steps"),
         ([f"--config={CONFIG}", "--wrkdir=x"], "wrkdir"),

@@ -3,7 +3,6 @@
 import json
 import math
 
-
 from pspnet_jax.metric_writer import MetricWriter, progress_line
 
 BUDGET_SECONDS = 10
@@ -52,5 +51,3 @@ def test_progress_line():
         "step   7/700  loss 1.2346 (main 1.0000, aux 0.5000)  learning rate 1.00e-02  "
         "33.3 images/s  1:02:05 left"
     )
-
-

@@ -49,7 +49,9 @@ def test_images_add_up():
 
 
 def test_perfect_prediction_and_nothing_at_all():
-    found = scores(confusion_matrix(TRUTH, np.where(TRUTH == 255, 0, TRUTH), 3), absent_class="skip")
+    found = scores(
+        confusion_matrix(TRUTH, np.where(TRUTH == 255, 0, TRUTH), 3), absent_class="skip"
+    )
     assert found.mean_iou == found.pixel_accuracy == found.frequency_weighted_iou == 1
     empty = scores(np.zeros((3, 3), np.int64), absent_class="skip")
     assert np.isnan(empty.mean_iou)

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from networks import network, options
 from pspnet_jax.models.layers import NoRandomNumbers
 from pspnet_jax.models.pspnet import FAMILIES, PSPNet, is_head
 from pspnet_jax.models.resnet import ResNet, stage_strides
 from pspnet_jax.train_step import split_model
+
+from networks import network, options
 
 BUDGET_SECONDS = 90
 
@@ -117,7 +118,9 @@ def test_pyramid_concatenates_map_then_bins_in_order():
     np.testing.assert_array_equal(y[..., :64], x)
     first_level = y[..., 64:96]
     # Bin 1 is the same everywhere; bin 2 is not.
-    np.testing.assert_allclose(first_level, first_level[:, :1, :1] * np.ones((1, 9, 9, 1)), atol=1e-6)
+    np.testing.assert_allclose(
+        first_level, first_level[:, :1, :1] * np.ones((1, 9, 9, 1)), atol=1e-6
+    )
     assert np.ptp(y[..., 96:], axis=(1, 2)).max() > 0.01
 
 
@@ -152,14 +155,16 @@ def test_outputs_are_the_same_structure_in_both_modes():
         lambda m, x, k: m(x, train=True, key=k), model, images, jax.random.key(0)
     )
     evaluated = jax.eval_shape(lambda x: model(x), images)
-    assert trained.logits.shape == trained.aux_logits.shape == evaluated.logits.shape == (2, 5, 5, 5)
+    assert (
+        trained.logits.shape == trained.aux_logits.shape == evaluated.logits.shape == (2, 5, 5, 5)
+    )
     assert evaluated.aux_logits is None
     assert trained.presence_logits is None
 
 
 def test_half_precision_keeps_float32_parameters_and_logits():
     model = network(dtype="bfloat16")
-    graphdef, params, batch_stats = split_model(model)
+    _, params, batch_stats = split_model(model)
     assert {leaf.dtype for leaf in jax.tree.leaves((params, batch_stats))} == {jnp.dtype("float32")}
     outputs = jax.eval_shape(lambda x: model(x), jnp.zeros((1, 33, 33, 3)))
     assert outputs.logits.dtype == jnp.float32

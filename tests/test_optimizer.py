@@ -30,7 +30,10 @@ def test_warmup_rises_linearly_and_then_leaves_the_schedule_alone():
 
 def test_sgd_is_pytorchs_rule():
     rng = np.random.default_rng(0)
-    start = {"backbone": {"kernel": rng.standard_normal(3)}, "head": {"bias": rng.standard_normal(2)}}
+    start = {
+        "backbone": {"kernel": rng.standard_normal(3)},
+        "head": {"bias": rng.standard_normal(2)},
+    }
     start = {k: {n: v.astype(np.float32) for n, v in d.items()} for k, d in start.items()}
     schedule = poly_schedule(0.1, power=0.9, num_steps=5)
     optimizer = sgd(
@@ -47,7 +50,10 @@ def test_sgd_is_pytorchs_rule():
     for step in range(5):
         gradient = {k: {n: np.cos(v + step) for n, v in d.items()} for k, d in expected.items()}
         updates, state = optimizer.update(
-            {k: {n: jnp.asarray(v, jnp.float32) for n, v in d.items()} for k, d in gradient.items()},
+            {
+                k: {n: jnp.asarray(v, jnp.float32) for n, v in d.items()}
+                for k, d in gradient.items()
+            },
             state,
             params,
         )

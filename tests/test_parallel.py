@@ -28,7 +28,9 @@ def test_batch_is_split_and_state_is_replicated():
 def test_uneven_batch_names_sizes_that_fit():
     mesh = parallel.make_mesh()
     parallel.check_batch_size(16, mesh)
-    with pytest.raises(ValueError, match=r"=12 must be a multiple of the 8 devices \(nearest: 8, 16\)"):
+    with pytest.raises(
+        ValueError, match=r"=12 must be a multiple of the 8 devices \(nearest: 8, 16\)"
+    ):
         parallel.check_batch_size(12, mesh)
     with pytest.raises(ValueError, match=r"\(nearest: 8\)"):
         parallel.check_batch_size(3, mesh)

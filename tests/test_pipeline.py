@@ -6,16 +6,19 @@ import jax
 import numpy as np
 import pytest
 
-from pictures import ExampleSource, write_split
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.config import default_config
 from pspnet_jax.data.folders import DataError, FolderSource
 from pspnet_jax.data.pipeline import evaluation_examples, open_source, training_batches
 from pspnet_jax.data.transforms import Augmentation, RandomCrop
 
+from pictures import ExampleSource, write_split
+
 BUDGET_SECONDS = 60
 
-AUGMENT = RandomCrop(Augmentation.resolve(default_config().augment.to_dict()), (33, 33), (124, 116, 104))
+AUGMENT = RandomCrop(
+    Augmentation.resolve(default_config().augment.to_dict()), (33, 33), (124, 116, 104)
+)
 
 
 def batches(count, *, source=None, first_step=0, num_workers=0, seed=7, size=4):
@@ -106,6 +109,8 @@ def test_evaluation_reads_every_example_once_in_order():
 def test_open_source_knows_both_kinds(tmp_path):
     write_split(tmp_path, "val", 2)
     camvid = load_label_set("camvid")
-    folder = open_source("folder", split="val", label_set=camvid, layout="camvid", root=str(tmp_path))
+    folder = open_source(
+        "folder", split="val", label_set=camvid, layout="camvid", root=str(tmp_path)
+    )
     painted = open_source("scenes", split="val", label_set=camvid, layout="camvid", root=None)
     assert (len(folder), len(painted)) == (2, 200)

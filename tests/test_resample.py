@@ -18,7 +18,7 @@ BUDGET_SECONDS = 30
 
 
 def maps(height, width, *, seed=0, dtype=np.float32):
-    return np.random.default_rng(seed).standard_normal((2, height, width, 3)).astype(dtype)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal((2, height, width, 3)), dtype)
 
 
 def pool_by_loops(x, num_bins, reduce):
@@ -26,8 +26,12 @@ def pool_by_loops(x, num_bins, reduce):
     result = np.zeros((batch, num_bins, num_bins, channels), x.dtype)
     for i in range(num_bins):
         for j in range(num_bins):
-            rows = slice(int(np.floor(i * height / num_bins)), int(np.ceil((i + 1) * height / num_bins)))
-            columns = slice(int(np.floor(j * width / num_bins)), int(np.ceil((j + 1) * width / num_bins)))
+            rows = slice(
+                int(np.floor(i * height / num_bins)), int(np.ceil((i + 1) * height / num_bins))
+            )
+            columns = slice(
+                int(np.floor(j * width / num_bins)), int(np.ceil((j + 1) * width / num_bins))
+            )
             result[:, i, j] = reduce(x[:, rows, columns], axis=(1, 2))
     return result
 
@@ -63,7 +67,9 @@ def test_pools_equal_loops(size, num_bins):
     np.testing.assert_allclose(
         adaptive_average_pool(x, num_bins), pool_by_loops(x, num_bins, np.mean), atol=1e-6
     )
-    np.testing.assert_array_equal(adaptive_max_pool(x, num_bins), pool_by_loops(x, num_bins, np.max))
+    np.testing.assert_array_equal(
+        adaptive_max_pool(x, num_bins), pool_by_loops(x, num_bins, np.max)
+    )
 
 
 def test_reshape_and_matrix_agree_where_bins_divide():
@@ -91,7 +97,7 @@ def test_half_pixel_rule_is_that_of_jax_image():
 
 
 def test_align_corners_keeps_corners_and_ramps():
-    ramp = np.arange(5, dtype=np.float32).reshape(1, 5, 1, 1) * np.ones((1, 5, 4, 1), np.float32)
+    ramp = jnp.broadcast_to(jnp.arange(5.0).reshape(1, 5, 1, 1), (1, 5, 4, 1))
     large = np.asarray(resize(ramp, (33, 25), align_corners=True))
     np.testing.assert_allclose(large[0, :, 3, 0], np.linspace(0, 4, 33), atol=1e-6)
     x = maps(3, 4)
@@ -112,7 +118,7 @@ def test_mirroring_commutes():
 
 def test_half_precision_is_resized_in_full_precision():
     x = jnp.asarray(maps(6, 6), jnp.bfloat16)
-    exact = resize(np.asarray(x, np.float32), (41, 41), align_corners=True)
+    exact = resize(x.astype(jnp.float32), (41, 41), align_corners=True)
     y = resize(x, (41, 41), align_corners=True)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_array_equal(y, exact.astype(jnp.bfloat16))

@@ -4,8 +4,6 @@ import jax
 import numpy as np
 import pytest
 
-from networks import network, options
-from pictures import example
 from pspnet_jax import load
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.checkpoint import CheckpointFolder
@@ -13,6 +11,9 @@ from pspnet_jax.models.pspnet import IMAGENET_8BIT
 from pspnet_jax.segmenter import Description, Provenance, Segmenter, model_part
 from pspnet_jax.train_step import split_model
 from pspnet_jax.windows import PROTOCOLS
+
+from networks import network, options
+from pictures import example
 
 BUDGET_SECONDS = 90
 
@@ -57,7 +58,9 @@ def test_raw_and_normalized_images_agree(segmenter):
     image = example(33, 41).image
     normalized = (image - np.array(IMAGENET_8BIT.mean)) / np.array(IMAGENET_8BIT.std)
     np.testing.assert_allclose(
-        segmenter.logits(image[None]), segmenter.logits(normalized[None].astype(np.float32)), atol=1e-4
+        segmenter.logits(image[None]),
+        segmenter.logits(normalized[None].astype(np.float32)),
+        atol=1e-4,
     )
 
 
@@ -103,7 +106,7 @@ def test_load_takes_the_best_and_knows_everything(saved):
 
 def test_load_names_the_steps_there_are(saved, tmp_path):
     assert load(saved, step=20).provenance.step == 20
-    with pytest.raises(FileNotFoundError, match="step=15 is not in .* there are 10, 20, 'best'"):
+    with pytest.raises(FileNotFoundError, match=r"step=15 is not in .* there are 10, 20, 'best'"):
         load(saved, step=15)
     with pytest.raises(FileNotFoundError, match="holds no checkpoint; --checkpoint is the folder"):
         load(tmp_path)

@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from pictures import write_split
 from pspnet_jax import train as train_module
 from pspnet_jax.checkpoint import CheckpointFolder
 from pspnet_jax.config import from_json
 from pspnet_jax.train import compose, train
+
+from pictures import write_split
 from tiny_config import get_config
 
 BUDGET_SECONDS = 150
@@ -50,7 +51,7 @@ def digests(workdir, step):
     return CheckpointFolder(workdir / "checkpoints").record(step).digests
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Stands for a kill at a certain step."""
 
 
@@ -61,7 +62,7 @@ def interrupt_at(monkeypatch, step):
     def dying(*args, first_step, **options):
         for i, batch in enumerate(real(*args, first_step=first_step, **options), first_step + 1):
             if i == step:
-                raise Killed
+                raise KilledError
             yield batch
 
     monkeypatch.setattr(train_module, "training_batches", dying)
@@ -104,13 +105,11 @@ def test_config_json_holds_resolved_values(finished):
 
 
 @pytest.mark.parametrize("step", [4, 6])
-def test_interrupted_equals_uninterrupted_bit_for_bit(
-    finished, data, tmp_path, monkeypatch, step
-):
+def test_interrupted_equals_uninterrupted_bit_for_bit(finished, data, tmp_path, monkeypatch, step):
     """Killed before `step`, once between two checkpoints and once right after one."""
     with monkeypatch.context() as patch:
         interrupt_at(patch, step)
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             train(tiny(data), tmp_path)
     restored = CheckpointFolder(tmp_path / "checkpoints").latest_step()
     assert restored < step
@@ -128,7 +127,9 @@ def test_workers_do_not_change_the_run(finished, data, tmp_path):
 def test_a_damaged_checkpoint_is_set_aside_and_the_run_ends_the_same(finished, data, tmp_path):
     train(tiny(data), tmp_path)
     folder = CheckpointFolder(tmp_path / "checkpoints")
-    newest = max((folder.folder(6) / "model").rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
+    newest = max(
+        (folder.folder(6) / "model").rglob("*"), key=lambda p: p.stat().st_size * p.is_file()
+    )
     newest.write_bytes(newest.read_bytes()[:100])
     train(tiny(data), tmp_path)
     assert (tmp_path / "checkpoints/00000006.corrupt").is_dir()
@@ -145,9 +146,11 @@ def test_a_finished_run_stays_as_it_is(finished, data):
 
 def test_another_network_in_the_folder_is_refused_and_nothing_is_lost(finished, data):
     before = (finished / "config.json").read_text(), rows(finished)
-    with pytest.raises(ValueError, match=r"holds another network:\n  .*'camvid' with 11 classes there"):
+    with pytest.raises(
+        ValueError, match=r"holds another network:\n  .*'camvid' with 11 classes there"
+    ):
         train(tiny(data, data__labels="ade20k"), finished)
-    with pytest.raises(ValueError, match="model.width is 8 there, 16 here"):
+    with pytest.raises(ValueError, match=r"model\.width is 8 there, 16 here"):
         train(tiny(data, model__width=16), finished)
     with pytest.raises(ValueError, match=r"first_block_dilation is \(2, 4\) there, \(1, 1\) here"):
         train(tiny(data, model__first_block_dilation=(1, 1)), finished)
@@ -164,7 +167,10 @@ def test_changed_options_are_said(finished, data, tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ({"data__crop_size": (480, 473)}, r"crop_size.* 480 .* must be 8k \+ 1 \(nearest: 473, 481\)"),
+        (
+            {"data__crop_size": (480, 473)},
+            r"crop_size.* 480 .* must be 8k \+ 1 \(nearest: 473, 481\)",
+        ),
         ({"train__global_batch_size": 12}, "multiple of the 8 devices"),
         ({"optimizer__momentum": 1.0}, "optimizer.momentum=1.0 must be within"),
         ({"model__backbone": "resnet20"}, "backbone='resnet20' is not one of"),

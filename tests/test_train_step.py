@@ -7,14 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from networks import network
-from pictures import ExampleSource
 from pspnet_jax import parallel
 from pspnet_jax.arrays import IGNORE_LABEL, Batch
 from pspnet_jax.models.pspnet import IMAGENET_8BIT, is_head
 from pspnet_jax.optimizer import poly_schedule, sgd
 from pspnet_jax.train import compile_step
 from pspnet_jax.train_step import create_train_state, make_train_step, normalize
+
+from networks import network
+from pictures import ExampleSource
 
 BUDGET_SECONDS = 150
 
@@ -135,7 +136,9 @@ def test_loss_that_is_not_finite_changes_nothing_but_the_counters():
     assert not np.isfinite(metrics["loss"])
     assert (int(after.step), int(after.skipped_steps)) == (1, 1)
     for name in ("params", "batch_stats", "opt_state"):
-        for a, b in zip(*map(jax.tree.leaves, (getattr(after, name), getattr(broken, name))), strict=True):
+        for a, b in zip(
+            *map(jax.tree.leaves, (getattr(after, name), getattr(broken, name))), strict=True
+        ):
             np.testing.assert_array_equal(a, b)
 
 
@@ -148,7 +151,9 @@ def test_everything_ignored_gives_no_loss_and_only_decay():
     assert float(metrics["gradient_norm"]) == 0
     kernel = state.params["backbone"]["layer1_0"]["conv1"]["kernel"]
     np.testing.assert_allclose(
-        after.params["backbone"]["layer1_0"]["conv1"]["kernel"], kernel * (1 - 0.01 * 1e-4), rtol=1e-6
+        after.params["backbone"]["layer1_0"]["conv1"]["kernel"],
+        kernel * (1 - 0.01 * 1e-4),
+        rtol=1e-6,
     )
 
 

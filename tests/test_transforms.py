@@ -4,7 +4,6 @@ import cv2
 import numpy as np
 import pytest
 
-from pictures import example
 from pspnet_jax.arrays import IGNORE_LABEL, Example
 from pspnet_jax.config import default_config
 from pspnet_jax.data.transforms import (
@@ -16,6 +15,8 @@ from pspnet_jax.data.transforms import (
     rescale,
     rotate,
 )
+
+from pictures import example
 
 BUDGET_SECONDS = 30
 
@@ -126,7 +127,12 @@ def test_order_is_scale_rotate_blur_flip_crop():
     )
     view = RandomCrop(options, (65, 65), FILL)(made, np.random.default_rng(11))
     rng = np.random.default_rng(11)
-    scale, degrees, _, offset = rng.uniform(0.7, 2), rng.uniform(-10, 10), rng.random(3), rng.random(2)
+    scale, degrees, _, offset = (
+        rng.uniform(0.7, 2),
+        rng.uniform(-10, 10),
+        rng.random(3),
+        rng.random(2),
+    )
     size = (round(150 * scale), round(130 * scale))
     image = cv2.resize(made.image, size, interpolation=cv2.INTER_LINEAR)
     labels = cv2.resize(made.labels, size, interpolation=cv2.INTER_NEAREST)

@@ -67,7 +67,7 @@ label_set = load_label_set("scenes")
 
 def show(pictures, titles):
     """Pictures side by side."""
-    figure, axes = plt.subplots(1, len(pictures), figsize=(3.2 * len(pictures), 3.4))
+    _, axes = plt.subplots(1, len(pictures), figsize=(3.2 * len(pictures), 3.4))
     for axis, picture, title in zip(axes, pictures, titles, strict=True):
         axis.imshow(picture)
         axis.set_title(title, fontsize=10)
@@ -95,7 +95,6 @@ for swapped in (False, True):
 # %%
 import importlib.util
 
-from pspnet_jax.metric_writer import log_to
 from pspnet_jax.train import train
 
 spec = importlib.util.spec_from_file_location("scenes_config", "configs/scenes.py")

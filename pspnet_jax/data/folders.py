@@ -71,7 +71,9 @@ class FolderSource:
         image_folder, mask_folder = _find_folders(root, layout, split)
         images, masks = _files(image_folder, IMAGE_SUFFIXES), _files(mask_folder, MASK_SUFFIXES)
         if not images:
-            raise DataError(f"{image_folder} holds no {', '.join(IMAGE_SUFFIXES)} files: zero images")
+            raise DataError(
+                f"{image_folder} holds no {', '.join(IMAGE_SUFFIXES)} files: zero images"
+            )
         _report_unpaired(images, masks, image_folder, mask_folder)
         self.names = sorted(images)
         self._files = [(images[name], masks[name]) for name in self.names]
@@ -159,7 +161,9 @@ def _listing(root: str | None) -> str:
     path = Path(root)
     if not path.is_dir():
         return f"no folder {path.absolute()}"
-    entries = sorted(p.relative_to(path) for p in [*path.glob("*"), *path.glob("*/*")] if p.is_dir())
+    entries = sorted(
+        p.relative_to(path) for p in [*path.glob("*"), *path.glob("*/*")] if p.is_dir()
+    )
     return ", ".join(f"{entry}/" for entry in entries[:12]) or "no folders in it"
 
 

@@ -94,7 +94,7 @@ def evaluation_examples(source: Source) -> Iterator[Example]:
 
 def _to_batch(examples: Example) -> Batch:
     """Grain has stacked the fields; a training batch has no padding."""
-    valid = np.ones(len(examples.index), bool)
+    valid = np.ones(len(examples.image), bool)
     return Batch(examples.image, examples.labels, np.asarray(examples.index, np.int32), valid)
 
 

@@ -67,7 +67,7 @@ def _fill(canvas: np.ndarray, outline, color) -> None:
 
 def _strokes(canvas: np.ndarray, lines, color) -> None:
     """Paints thin lines, [lines, points, 2], that belong to no silhouette."""
-    cv2.polylines(canvas, _fixed_point(lines), False, (*color, 0), 1, cv2.LINE_AA, shift=4)
+    cv2.polylines(canvas, [*_fixed_point(lines)], False, (*color, 0), 1, cv2.LINE_AA, shift=4)
 
 
 def _rectangle(left: float, top: float, right: float, bottom: float) -> np.ndarray:
@@ -104,7 +104,7 @@ def _depth_behind_edge(rng: Generator) -> np.ndarray:
     along = np.linspace(0, 2 * np.pi, IMAGE_SIZE)
     wave, ripple = (np.sin(rng.uniform(n, 2 * n) * along + rng.uniform(0, 7)) for n in (1, 3))
     depth = rng.uniform(least + 3, most - 3) + 2 * wave + ripple
-    return np.float32(depth - np.arange(most)[::-1, None])
+    return (depth - np.arange(most)[::-1, None]).astype(np.float32)
 
 
 def _water(rng: Generator, behind: np.ndarray) -> np.ndarray:
@@ -291,8 +291,8 @@ def _light(canvas: np.ndarray, rng: Generator) -> RawImage:
     """The finished image: color cast, gain, a linear gradient of light, and grain."""
     ramp = np.linspace(-0.5, 0.5, IMAGE_SIZE)
     slope_x, slope_y = rng.uniform(-0.25, 0.25, 2)
-    light = np.float32(1 + slope_x * ramp + slope_y * ramp[:, None])
-    cast = np.float32(rng.uniform(0.84, 1.12) * rng.uniform(0.93, 1.07, 3))
+    light = (1 + slope_x * ramp + slope_y * ramp[:, None]).astype(np.float32)
+    cast = (rng.uniform(0.84, 1.12) * rng.uniform(0.93, 1.07, 3)).astype(np.float32)
     grain = rng.uniform(2, 7) * rng.standard_normal(light.shape, np.float32)
     channels = cv2.split(canvas)[:3]
     lit = [light * c * channel + grain for c, channel in zip(cast, channels, strict=True)]

@@ -8,7 +8,8 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -36,17 +37,12 @@ class Augmentation:
     flip_probability: float
 
     @classmethod
-    def resolve(cls, section: Mapping[str, object]) -> "Augmentation":
+    def resolve(cls, section: Mapping[str, Any]) -> "Augmentation":
         """Complete options from a config section, None taken from the recipe."""
-        recipe = RECIPES[section["recipe"]]
-        return cls(
-            **{
-                field.name: recipe.get(field.name)
-                if section[field.name] is None
-                else section[field.name]
-                for field in fields(cls)
-            }
-        )
+        values: dict[str, Any] = {"recipe": section["recipe"]}
+        for name, default in RECIPES[section["recipe"]].items():
+            values[name] = default if section[name] is None else section[name]
+        return cls(**values)
 
 
 RECIPES: dict[str, dict[str, float]] = {
@@ -111,8 +107,9 @@ class RandomCrop:
 def rescale(image: RawImage, labels: LabelMap, scale: float) -> NewView:
     """Both sides times `scale`, rounded; the image linearly, the labels by the nearest pixel."""
     if scale == 1:
-        return image, labels
-    size = tuple(max(round(side * scale), 1) for side in (image.shape[1], image.shape[0]))
+        return (image, labels)
+    height, width = labels.shape
+    size = (max(round(width * scale), 1), max(round(height * scale), 1))
     return (
         cv2.resize(image, size, interpolation=cv2.INTER_LINEAR),
         cv2.resize(labels, size, interpolation=cv2.INTER_NEAREST),
@@ -133,9 +130,7 @@ def rotate(
     )
 
 
-def pad_to(
-    image: RawImage, labels: LabelMap, size: tuple[int, int], *, fill: Color
-) -> NewView:
+def pad_to(image: RawImage, labels: LabelMap, size: tuple[int, int], *, fill: Color) -> NewView:
     """Grow both sides to at least `size`, half of what is missing before and half after."""
     missing = [max(wanted - side, 0) for wanted, side in zip(size, labels.shape, strict=True)]
     if not any(missing):

@@ -16,9 +16,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from pspnet_jax.arrays import Features, AnyArray
+from pspnet_jax.arrays import Features
 
-Kernel = Float[AnyArray, "kernel_height kernel_width in_channels out_channels"]
+Kernel = Float[jax.Array, "kernel_height kernel_width in_channels out_channels"]
 RandomNumbers = np.random.Generator
 
 
@@ -39,10 +39,10 @@ class NoRandomNumbers(np.random.Generator):
     def __init__(self):
         super().__init__(np.random.PCG64(0))
 
-    def standard_normal(self, size, dtype):  # noqa: D102
+    def standard_normal(self, size, dtype):  # pyrefly: ignore
         return np.broadcast_to(np.zeros((), dtype), size)
 
-    def uniform(self, low, high, size):  # noqa: D102
+    def uniform(self, low, high, size):  # pyrefly: ignore
         return np.broadcast_to(np.zeros(()), size)
 
 
@@ -51,7 +51,9 @@ def _normal_fan_out(rng: RandomNumbers, shape: tuple[int, ...]) -> np.ndarray:
     return rng.standard_normal(shape, dtype=np.float32) * np.float32((2 / fan_out) ** 0.5)
 
 
-def _uniform_fan_in(rng: RandomNumbers, shape: tuple[int, ...], size: tuple[int, ...]) -> np.ndarray:
+def _uniform_fan_in(
+    rng: RandomNumbers, shape: tuple[int, ...], size: tuple[int, ...]
+) -> np.ndarray:
     bound = (shape[0] * shape[1] * shape[2]) ** -0.5
     return rng.uniform(-bound, bound, size).astype(np.float32)
 
@@ -191,6 +193,6 @@ def max_pool(x: Features) -> Features:
     )
 
 
-def _per_channel(x: AnyArray) -> AnyArray:
+def _per_channel(x: jax.Array) -> jax.Array:
     # Spelled out because the tests forbid silent rank promotion.
     return x.reshape(1, 1, 1, -1)

@@ -10,6 +10,7 @@
 import functools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,12 @@ class Normalization:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
+    @property
+    def mean_color(self) -> tuple[int, int, int]:
+        """The 8-bit color that becomes (about) 0."""
+        red, green, blue = self.mean
+        return round(red), round(green), round(blue)
+
 
 IMAGENET_8BIT = Normalization(
     mean=(0.485 * 255, 0.456 * 255, 0.406 * 255), std=(0.229 * 255, 0.224 * 255, 0.225 * 255)
@@ -47,7 +54,7 @@ class Family:
     normalization: Normalization
     size_multiple: int
     size_remainder: int
-    options: Mapping[str, object]
+    options: Mapping[str, Any]
 
     def padded(self, size: int) -> int:
         """The smallest side that obeys the size rule and is not below `size`."""
@@ -99,7 +106,7 @@ class ModelOptions:
     frozen_norm: bool
 
     @classmethod
-    def resolve(cls, section: Mapping[str, object]) -> "ModelOptions":
+    def resolve(cls, section: Mapping[str, Any]) -> "ModelOptions":
         """Complete options from a config section or from a checkpoint, checked against the tables.
 
         Raises:
@@ -107,7 +114,7 @@ class ModelOptions:
         """
         family = section["family"]
         _known("family", family, FAMILIES)
-        values = {}
+        values: dict[str, Any] = {}
         for field in fields(cls):
             value = section[field.name]
             value = FAMILIES[family].options[field.name] if value is None else value
@@ -200,7 +207,7 @@ class PSPNet(nnx.Module):
         """
         check_size((images.shape[1], images.shape[2]), FAMILIES[self.options.family])
         head_key, aux_key = (None, None) if key is None else jax.random.split(key)
-        features = self.backbone(images, train=train)
+        features = self.backbone(jnp.asarray(images), train=train)
         pyramid = self.pyramid(features.stage4, train=train)
         logits = _at_least_float32(self.head(pyramid, train=train, key=head_key))
         if not train:

@@ -177,7 +177,13 @@ class ResNet(nnx.Module):
             for i in range(num_blocks[stage - 1]):
                 rates = (stride, first) if i == 0 else (1, dilation)
                 made = block(
-                    channels, planes, stride=rates[0], dilation=rates[1], conv=conv, norm=norm, rng=rng
+                    channels,
+                    planes,
+                    stride=rates[0],
+                    dilation=rates[1],
+                    conv=conv,
+                    norm=norm,
+                    rng=rng,
                 )
                 setattr(self, f"layer{stage}_{i}", made)
                 channels = planes * block.expansion

@@ -68,6 +68,7 @@ def train(config: ConfigDict, workdir: Path) -> Path:
     run = compose(config, workdir)
     state = run.resume_or_start()
     run.write_config()
+    run.announce()
     num_steps = run.config.train.num_steps
     with run.checkpoints, run.logging(first_step=int(state.step)) as progress:
         batches = run.batches(first_step=int(state.step))
@@ -181,6 +182,26 @@ class Run:
                 self.initial_state.opt_state, optimizer["opt_state"]
             ),
             skipped_steps=optimizer["skipped_steps"],
+        )
+
+    def announce(self) -> None:
+        """Say what is trained on what; the first step is silent for as long as it compiles."""
+        options, device = self.description.model, jax.devices()[0]
+        num_parameters = sum(leaf.size for leaf in jax.tree.leaves(self.initial_state.params))
+        log.info(
+            "%s: %s %s of width %d, %s parameters; %d classes of '%s'; %d images, %d to evaluate on; "
+            "%d x %s; the first step compiles",
+            self.config.name,
+            options.family,
+            options.backbone,
+            options.width,
+            f"{num_parameters:,}",
+            self.description.label_set.num_classes,
+            self.description.label_set.name,
+            len(self.source),
+            len(self.validation),
+            self.mesh.size,
+            device.device_kind,
         )
 
     def write_config(self) -> None:

@@ -8,6 +8,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ class TrainState:
 
     step: jax.Array
     """i32 scalar: optimizer steps taken, skipped ones included."""
-    params: optax.Params
+    params: dict
     batch_stats: dict
     opt_state: optax.OptState
     skipped_steps: jax.Array
@@ -105,11 +106,12 @@ def make_train_step(
             state.params
         )
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params: Any = optax.apply_updates(state.params, updates)
         gradient_norm = optax.tree.norm(gradients)
         is_finite = jnp.isfinite(losses.total) & jnp.isfinite(gradient_norm)
         proposed = TrainState(
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            params=params,
             batch_stats=batch_stats,
             opt_state=opt_state,
             skipped_steps=state.skipped_steps,

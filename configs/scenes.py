@@ -31,9 +31,9 @@ def get_config():
     config.optimizer.head_multiplier = 1.0  # nothing is pretrained
 
     config.train.global_batch_size = 16
-    config.train.num_steps = 700
+    config.train.num_steps = 500
     config.train.log_every_steps = 20
-    config.train.evaluate_every_steps = 350
+    config.train.evaluate_every_steps = 250
     config.train.checkpoint_every_steps = 100
     config.evaluate.batch_size = 20
     return config

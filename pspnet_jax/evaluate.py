@@ -28,7 +28,7 @@ from pspnet_jax.segmenter import Segmenter, load
 from pspnet_jax.version import __version__
 from pspnet_jax.windows import Protocol
 
-NUM_PANELS = 6
+NUM_PANELS = 8
 _SECONDS_BETWEEN_LINES = 15.0
 
 log = logging.getLogger("pspnet_jax")
@@ -148,7 +148,7 @@ def write_report(
         picture = example_panel(source[index], prediction, evaluation.label_set)
         write_picture(panels / f"{index:06d}.png", picture)
         pictures.append(picture)
-    write_picture(panels / "overview.png", visualize.stack(pictures))
+    write_picture(panels / "overview.png", visualize.grid(pictures, columns=2))
     return contents
 
 

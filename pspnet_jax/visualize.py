@@ -58,14 +58,16 @@ def panel(
     return np.concatenate([row, legend])
 
 
-def stack(panels: Sequence[Picture]) -> Picture:
-    """Panels below each other, the narrower ones filled up with white."""
+def grid(panels: Sequence[Picture], *, columns: int) -> Picture:
+    """Panels in rows of `columns`, each cell as large as the largest panel, filled up with white."""
+    height = max(p.shape[0] for p in panels) + _MARGIN
     width = max(p.shape[1] for p in panels)
-    padding = [((0, _MARGIN), (0, width - p.shape[1]), (0, 0)) for p in panels]
-    filled = [
-        np.pad(p, pad, constant_values=_BACKGROUND) for p, pad in zip(panels, padding, strict=True)
-    ]
-    return np.concatenate(filled)
+    cells = [np.full((height, width, 3), _BACKGROUND, np.uint8) for _ in panels]
+    for cell, picture in zip(cells, panels, strict=True):
+        cell[: picture.shape[0], : picture.shape[1]] = picture
+    cells += [np.full_like(cells[0], _BACKGROUND)] * (-len(cells) % columns)
+    rows = [np.concatenate(cells[i : i + columns], axis=1) for i in range(0, len(cells), columns)]
+    return np.concatenate(rows)
 
 
 def _enlarged(picture: Picture, min_height: int) -> Picture:

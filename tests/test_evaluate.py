@@ -69,7 +69,7 @@ def test_truth_scores_one():
 
 
 def test_report_and_pictures(tmp_path):
-    source = ExampleSource(8)
+    source = ExampleSource(11)
     result = evaluate.evaluate(Oracle(), source, protocol=WHOLE, batch_size=4)
     evaluate.write_report(tmp_path, result, Oracle(), source, split="val")
     report = json.loads((tmp_path / "report.json").read_text())
@@ -93,10 +93,10 @@ def test_report_and_pictures(tmp_path):
     assert report["classes"][3]["name"] == "road"
     assert set(report["classes"][3]) == {"id", "name", "iou", "accuracy", "pixels"}
     assert report["protocol"] == {"name": "whole", "flip": True, "absent_class": "skip"}
-    assert report["data"] == {"labels": "camvid", "split": "val", "num_images": 8}
+    assert report["data"] == {"labels": "camvid", "split": "val", "num_images": 11}
     assert report["checkpoint"] == {"path": "runs/oracle", "step": 12, "digest": "abc"}
     panels = sorted(path.name for path in (tmp_path / "panels").iterdir())
-    assert panels == [f"{i:06d}.png" for i in evaluate.panel_indices(8)] + ["overview.png"]
+    assert panels == [f"{i:06d}.png" for i in evaluate.panel_indices(11)] + ["overview.png"]
     text = (tmp_path / "report.md").read_text()
     assert "Protocol: name=whole, flip=True, absent_class=skip" in text
     assert "| 3 | road |" in text
@@ -130,7 +130,7 @@ def test_groups_are_reported_for_scenes():
 
 
 def test_panels_are_spread_over_the_split():
-    assert evaluate.panel_indices(200) == [0, 33, 66, 100, 133, 166]
+    assert evaluate.panel_indices(200) == [0, 25, 50, 75, 100, 125, 150, 175]
     assert evaluate.panel_indices(2) == [0, 1]
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from pspnet_jax.catalog import load_label_set
-from pspnet_jax.visualize import colorize, overlay, panel, stack
+from pspnet_jax.visualize import colorize, grid, overlay, panel
 
 BUDGET_SECONDS = 10
 
@@ -50,7 +50,15 @@ def test_long_legends_wrap():
     assert many.shape[0] > few.shape[0] + 100
 
 
-def test_stack_fills_up_narrow_panels():
-    made = stack([np.zeros((4, 5, 3), np.uint8), np.zeros((3, 9, 3), np.uint8)])
-    assert made.shape == (4 + 8 + 3 + 8, 9, 3)
-    assert made[0, 5:].min() == 255
+def test_grid_fills_up_with_white():
+    panels = [
+        np.zeros((4, 5, 3), np.uint8),
+        np.zeros((3, 9, 3), np.uint8),
+        np.zeros((4, 2, 3), np.uint8),
+    ]
+    made = grid(panels, columns=2)
+    assert made.shape == (2 * (4 + 8), 2 * 9, 3)
+    assert not made[:4, :5].any()
+    assert not made[:3, 9:].any()
+    assert (made[12:, 9:] == 255).all()
+    assert (made == 0).all(axis=2).sum() == 20 + 27 + 8

@@ -203,8 +203,9 @@ def stretch(x: Tensor, size: torch.Size) -> Tensor:
 
 def normalize(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """8-bit RGB [batch, height, width, 3] -> normalized [batch, 3, height, width] (a view)."""
-    mean, std = (torch.tensor(values, dtype=dtype, device=images.device) for values in (MEAN, STD))
-    return ((images.to(dtype) - mean) / std).permute(0, 3, 1, 2)
+    # Plain numbers per channel: a tensor of means would be copied to the GPU, and waited for.
+    channels = [(images[..., i].to(dtype) - MEAN[i]) / STD[i] for i in range(3)]
+    return torch.stack(channels, dim=-1).permute(0, 3, 1, 2)
 
 
 def segmentation_loss(

@@ -102,27 +102,14 @@ def make_train_step(
             )
             return losses.total, (losses, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
 
-        (_, (losses, batch_stats)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
-            state.params
-        )
+        gradient_of = jax.value_and_grad(loss_of, has_aux=True)
+        (_, (losses, batch_stats)), gradients = gradient_of(state.params)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         gradient_norm = optax.tree.norm(gradients)
-        is_finite = jnp.isfinite(losses.total) & jnp.isfinite(gradient_norm)
-        proposed = TrainState(
-            step=state.step + 1,
-            params=params,
-            batch_stats=batch_stats,
-            opt_state=opt_state,
-            skipped_steps=state.skipped_steps,
-        )
-        unchanged = dataclasses.replace(
-            state, step=state.step + 1, skipped_steps=state.skipped_steps + 1
-        )
-        next_state = jax.tree.map(
-            lambda new, old: jnp.where(is_finite, new, old), proposed, unchanged
-        )
-        metrics = {
+        proposed = TrainState(state.step + 1, params, batch_stats, opt_state, state.skipped_steps)
+        next_state = _if_finite(losses.total + gradient_norm, proposed, state)
+        return next_state, {
             "loss": losses.total,
             "main_loss": losses.main,
             "aux_loss": losses.aux,
@@ -131,6 +118,12 @@ def make_train_step(
             "gradient_norm": gradient_norm,
             "skipped_steps": next_state.skipped_steps,
         }
-        return next_state, metrics
 
     return train_step
+
+
+def _if_finite(value: Scalar, proposed: TrainState, state: TrainState) -> TrainState:
+    """The proposed state where the value is finite, else the old one with the step counted as skipped."""
+    skipped = dataclasses.replace(state, step=state.step + 1, skipped_steps=state.skipped_steps + 1)
+    is_finite = jnp.isfinite(value)
+    return jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), proposed, skipped)

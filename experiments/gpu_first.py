@@ -713,14 +713,17 @@ def run_task(
 # The report
 
 
+def columns_of(part: int) -> list[str]:
+    """The ways to do it that a part compares."""
+    return sorted(column for task in TASKS.values() if task.part == part for column in task.columns)
+
+
 def table(part: int, rows: list[dict], notes: dict[str, str]) -> list[str]:
     """The Markdown table of parts 1 and 2: one line per operation, one column per way to do it."""
-    columns = sorted(
-        column for task in TASKS.values() if task.part == part for column in task.columns
-    )
+    columns = columns_of(part)
     found = {(row["line"], row["column"]): row for row in rows if row["part"] == part}
     text = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for line in dict.fromkeys(line for line, _ in found):
+    for line in dict.fromkeys(line for line, _ in found) or [""]:
         cells = [_cell(found.get((line, column)), notes.get(column, "")) for column in columns]
         text.append(f"| {line} | " + " | ".join(cells) + " |")
     return text
@@ -739,7 +742,7 @@ def network_table(rows: list[dict], notes: dict[str, str], *, small: bool) -> li
     titles = "images/s, of PyTorch's best, ms, peak GiB, planned GiB, compile s, of 989 TFLOP/s"
     text = ["| | by | " + titles.replace(", ", " | ") + " |", "|---" * 9 + "|"]
     rows = [row for row in rows if row["part"] == 3]
-    for line in dict.fromkeys(row["line"] for row in rows):
+    for line in dict.fromkeys(row["line"] for row in rows) or [""]:
         same = sorted((row for row in rows if row["line"] == line), key=lambda row: row["column"])
         rates = [
             _rate(row) for row in same if row["column"].startswith("PyTorch") and "images" in row
@@ -747,8 +750,8 @@ def network_table(rows: list[dict], notes: dict[str, str], *, small: bool) -> li
         for row in same:
             cells = _network_cells(row, max(rates, default=None), small=small)
             text.append(f"| {line} | {row['column']} | " + " | ".join(cells) + " |")
-        missing = [column for column in notes if column not in {row["column"] for row in same}]
-        text += [f"| {line} | {c} | {notes[c]} |" for c in missing if c.startswith("PyTorch ")]
+        missing = set(columns_of(3)) & set(notes) - {row["column"] for row in same}
+        text += [f"| {line} | {column} | {notes[column]} |" for column in sorted(missing)]
     return text
 
 

@@ -11,8 +11,10 @@ import logging
 import math
 import os
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import SupportsFloat
 
 from tensorboardX import SummaryWriter
 
@@ -54,6 +56,60 @@ class MetricWriter:
             self._file.close()
             self._tensorboard.close()
             self._file = None
+
+
+class Progress:
+    """What a run says while it goes on; a context manager that closes its writer.
+
+    Args:
+        writer: takes the rows.
+        first_step: the step at which the run starts or resumes.
+        num_steps: of the whole run.
+        log_every_steps: of rows and progress lines.
+        images_per_step: over all devices.
+    """
+
+    def __init__(
+        self,
+        writer: MetricWriter,
+        *,
+        first_step: int,
+        num_steps: int,
+        log_every_steps: int,
+        images_per_step: int,
+    ):
+        self._writer = writer
+        self._num_steps, self._every, self._images = num_steps, log_every_steps, images_per_step
+        self._last_step, self._last_time = first_step, time.monotonic()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.close()
+
+    def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+        """Every `log_every_steps` steps and at the last: one row and one line."""
+        if step % self._every != 0 and step != self._num_steps:
+            return
+        # Reading the values waits for the device, so the clock is read after them.
+        scalars = {name: float(value) for name, value in metrics.items()}
+        steps_per_second = (step - self._last_step) / (time.monotonic() - self._last_time)
+        timing = {
+            "images_per_second": steps_per_second * self._images,
+            "seconds_left": (self._num_steps - step) / steps_per_second,
+        }
+        self._writer.write(step, scalars, timing=timing)
+        log.info("%s", progress_line(step, self._num_steps, scalars, timing))
+        self._last_step, self._last_time = step, time.monotonic()
+
+    def log_evaluation(
+        self, step: int, scalars: Mapping[str, float], message: str, *, seconds: float
+    ) -> None:
+        """One row and a message; the time it took is left out of the training rate."""
+        self._writer.write(step, scalars, timing={"evaluation_seconds": seconds})
+        log.info("step %d: %s", step, message)
+        self._last_step, self._last_time = step, time.monotonic()
 
 
 def progress_line(

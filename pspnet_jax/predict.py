@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pspnet_jax import visualize
 from pspnet_jax.data.folders import IMAGE_SUFFIXES, read_image
-from pspnet_jax.evaluate import write_picture
+from pspnet_jax.report import write_picture
 from pspnet_jax.segmenter import load
 
 KINDS = ("class_maps", "palette", "overlays")

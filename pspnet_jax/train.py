@@ -8,7 +8,6 @@
 
 import dataclasses
 import logging
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +32,12 @@ from pspnet_jax.checkpoint import (
 )
 from pspnet_jax.data.pipeline import Source, open_source, training_batches
 from pspnet_jax.data.transforms import Augmentation, RandomCrop
-from pspnet_jax.metric_writer import MetricWriter, log_to, progress_line
+from pspnet_jax.metric_writer import MetricWriter, Progress, log_to
 from pspnet_jax.models.pspnet import FAMILIES, ModelOptions, PSPNet, check_size, is_head
 from pspnet_jax.optimizer import Schedule, poly_schedule, sgd
+from pspnet_jax.report import summary, write_report
 from pspnet_jax.segmenter import Description, Provenance, Segmenter, model_part
 from pspnet_jax.train_step import (
-    Metrics,
     TrainState,
     TrainStep,
     create_train_state,
@@ -107,8 +106,15 @@ class Run:
             num_workers=self.config.data.num_workers,
         )
 
-    def logging(self, *, first_step: int) -> "Progress":
-        return Progress(self.workdir, self.config.train, first_step=first_step)
+    def logging(self, *, first_step: int) -> Progress:
+        options = self.config.train
+        return Progress(
+            MetricWriter(self.workdir, first_step=first_step, is_writer=jax.process_index() == 0),
+            first_step=first_step,
+            num_steps=options.num_steps,
+            log_every_steps=options.log_every_steps,
+            images_per_step=options.global_batch_size,
+        )
 
     def evaluates_at(self, step: int) -> bool:
         options = self.config.train
@@ -125,7 +131,7 @@ class Run:
             protocol=self.description.protocol,
         )
 
-    def evaluate(self, step: int, state: TrainState, progress: "Progress") -> float:
+    def evaluate(self, step: int, state: TrainState, progress: Progress) -> float:
         """Write the report of the parameters at hand; returns the mean IoU."""
         model = model_part(self.description, state.params, state.batch_stats)
         segmenter = Segmenter(
@@ -142,10 +148,11 @@ class Run:
             batch_size=self.config.evaluate.batch_size,
         )
         folder = self.evaluation_folder(step)
-        evaluate.write_report(
-            folder, result, segmenter, self.validation, split=self.config.evaluate.split
+        write_report(
+            folder, result, segmenter.provenance, self.validation, split=self.config.evaluate.split
         )
-        progress.log_evaluation(step, result, folder)
+        message = f"{summary(result)}\n{folder / 'panels' / 'overview.png'}"
+        progress.log_evaluation(step, result.scalars, message, seconds=result.seconds)
         return result.scores.mean_iou
 
     def save(self, step: int, state: TrainState, mean_iou: float | None) -> None:
@@ -217,51 +224,6 @@ class Run:
                 log.warning("going on with changed options:\n  %s", "\n  ".join(changed))
         if jax.process_index() == 0:
             path.write_text(text)
-
-
-class Progress:
-    """What a run says while it goes on: progress lines, metrics.jsonl, TensorBoard. A context manager."""
-
-    def __init__(self, workdir: Path, options: ConfigDict, *, first_step: int):
-        self._options = options
-        self._writer = MetricWriter(
-            workdir, first_step=first_step, is_writer=jax.process_index() == 0
-        )
-        self._last_step, self._last_time = first_step, time.monotonic()
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._writer.close()
-
-    def log(self, step: int, metrics: Metrics) -> None:
-        """Every `log_every_steps` steps and at the last: one row and one line."""
-        options = self._options
-        if step % options.log_every_steps != 0 and step != options.num_steps:
-            return
-        scalars = {name: float(value) for name, value in metrics.items()}
-        seconds = time.monotonic() - self._last_time
-        steps_per_second = (step - self._last_step) / max(seconds, 1e-9)
-        timing = {
-            "images_per_second": steps_per_second * options.global_batch_size,
-            "seconds_left": (options.num_steps - step) / steps_per_second,
-        }
-        self._writer.write(step, scalars, timing=timing)
-        log.info("%s", progress_line(step, options.num_steps, scalars, timing))
-        self._last_step, self._last_time = step, time.monotonic()
-
-    def log_evaluation(self, step: int, result: evaluate.Evaluation, folder: Path) -> None:
-        """One row and one line; its time is left out of the training rate."""
-        found, prefix = result.scores, f"evaluation/{result.protocol.name}"
-        scalars = {
-            f"{prefix}/mean_iou": found.mean_iou,
-            f"{prefix}/pixel_accuracy": found.pixel_accuracy,
-            **{f"{prefix}/{name}": iou for name, iou in result.groups.items()},
-        }
-        self._writer.write(step, scalars, timing={"evaluation_seconds": result.seconds})
-        log.info("step %d: %s\n%s", step, evaluate.summary(result), folder / "panels/overview.png")
-        self._last_step, self._last_time = step, time.monotonic()
 
 
 def compose(config: ConfigDict, workdir: Path) -> Run:

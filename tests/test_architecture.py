@@ -17,7 +17,7 @@ LAYERS = [
     ["data/", "models/", "losses", "optimizer", "metrics", "parallel", "visualize"],
     ["train_step", "windows"],
     ["segmenter"],
-    ["evaluate", "predict"],
+    ["report", "evaluate", "predict"],
     ["train"],
     ["main"],
     ["__init__"],

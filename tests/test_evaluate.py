@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from pspnet_jax import evaluate
+from pspnet_jax import evaluate, report
 from pspnet_jax.arrays import IGNORE_LABEL
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.metrics import confusion_matrix
@@ -18,13 +18,13 @@ BUDGET_SECONDS = 20
 
 CAMVID = load_label_set("camvid")
 WHOLE = PROTOCOLS["whole"]
+PROVENANCE = Provenance("runs/oracle", 12, "abc")
 
 
 class Oracle(Segmenter):
     """Stands for a segmenter: says class 3 everywhere, or the truth where it knows it."""
 
     label_set = CAMVID
-    provenance = Provenance("runs/oracle", 12, "abc")
 
     def __init__(self, truths=()):
         self.truths = {image.tobytes(): labels for image, labels in truths}
@@ -71,9 +71,9 @@ def test_truth_scores_one():
 def test_report_and_pictures(tmp_path):
     source = ExampleSource(11)
     result = evaluate.evaluate(Oracle(), source, protocol=WHOLE, batch_size=4)
-    evaluate.write_report(tmp_path, result, Oracle(), source, split="val")
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert set(report) == {
+    report.write_report(tmp_path, result, PROVENANCE, source, split="val")
+    contents = json.loads((tmp_path / "report.json").read_text())
+    assert set(contents) == {
         "mean_iou",
         "mean_accuracy",
         "pixel_accuracy",
@@ -89,14 +89,14 @@ def test_report_and_pictures(tmp_path):
         "device",
         "seconds",
     }
-    assert report["mean_iou"] == pytest.approx(result.scores.mean_iou)
-    assert report["classes"][3]["name"] == "road"
-    assert set(report["classes"][3]) == {"id", "name", "iou", "accuracy", "pixels"}
-    assert report["protocol"] == {"name": "whole", "flip": True, "absent_class": "skip"}
-    assert report["data"] == {"labels": "camvid", "split": "val", "num_images": 11}
-    assert report["checkpoint"] == {"path": "runs/oracle", "step": 12, "digest": "abc"}
+    assert contents["mean_iou"] == pytest.approx(result.scores.mean_iou)
+    assert contents["classes"][3]["name"] == "road"
+    assert set(contents["classes"][3]) == {"id", "name", "iou", "accuracy", "pixels"}
+    assert contents["protocol"] == {"name": "whole", "flip": True, "absent_class": "skip"}
+    assert contents["data"] == {"labels": "camvid", "split": "val", "num_images": 11}
+    assert contents["checkpoint"] == {"path": "runs/oracle", "step": 12, "digest": "abc"}
     panels = sorted(path.name for path in (tmp_path / "panels").iterdir())
-    assert panels == [f"{i:06d}.png" for i in evaluate.panel_indices(11)] + ["overview.png"]
+    assert panels == [f"{i:06d}.png" for i in report.panel_indices(11)] + ["overview.png"]
     text = (tmp_path / "report.md").read_text()
     assert "Protocol: name=whole, flip=True, absent_class=skip" in text
     assert "| 3 | road |" in text
@@ -109,9 +109,9 @@ def test_class_without_pixels_is_null():
             return made._replace(labels=np.full_like(made.labels, IGNORE_LABEL))
 
     result = evaluate.evaluate(Oracle(), Empty(2), protocol=WHOLE, batch_size=1)
-    report = evaluate.report(result, Oracle(), split="val")
-    assert report["mean_iou"] is None
-    assert {row["iou"] for row in report["classes"]} == {None}
+    contents = report.report(result, PROVENANCE, split="val")
+    assert contents["mean_iou"] is None
+    assert {row["iou"] for row in contents["classes"]} == {None}
 
 
 def test_groups_are_reported_for_scenes():
@@ -126,19 +126,19 @@ def test_groups_are_reported_for_scenes():
         "inconspicuous classes",
         "others",
     }
-    assert "inconspicuous classes 0.0000" in evaluate.summary(result)
+    assert "inconspicuous classes 0.0000" in report.summary(result)
 
 
 def test_panels_are_spread_over_the_split():
-    assert evaluate.panel_indices(200) == [0, 25, 50, 75, 100, 125, 150, 175]
-    assert evaluate.panel_indices(2) == [0, 1]
+    assert report.panel_indices(200) == [0, 25, 50, 75, 100, 125, 150, 175]
+    assert report.panel_indices(2) == [0, 1]
 
 
 def test_void_of_the_truth_is_black_in_the_prediction(tmp_path):
     made = example(60, 60)
     labels = made.labels.copy()
     labels[:, :30] = IGNORE_LABEL
-    picture = evaluate.example_panel(
+    picture = report.example_panel(
         made._replace(labels=labels), np.full((60, 60), 3, np.uint8), CAMVID
     )
     prediction = picture[22:262, 8 + 2 * 248 : 8 + 2 * 248 + 240]

@@ -10,6 +10,7 @@
 """
 
 import hashlib
+import math
 import re
 import shutil
 from collections.abc import Mapping
@@ -92,6 +93,8 @@ class CheckpointFolder:
     def save(self, step: int, parts: Mapping[str, Tree], *, mean_iou: float | None) -> None:
         """Start writing a step, after the previous one was finished."""
         self.wait()
+        if mean_iou is not None and math.isnan(mean_iou):
+            mean_iou = None  # nothing to judge: no best step
         # Copies, because the caller's next step may reuse the buffers while this is being written.
         host_parts = {name: jax.tree.map(_to_host_copy, part) for name, part in parts.items()}
         digests = {name: digest(part) for name, part in host_parts.items()}
@@ -114,17 +117,16 @@ class CheckpointFolder:
             self.load(step, part)
         self._prune()
 
-    def load(self, step: int, part: str, *, sharding: jax.sharding.Sharding | None = None) -> Tree:
-        """The arrays (and strings) of one part, placed by `sharding` (default: the first device).
+    def load(self, step: int, part: str) -> Tree:
+        """One part as host arrays (and strings); whoever uses them places them on devices.
 
         Raises:
             CorruptCheckpointError: where it cannot be read or its digest differs.
         """
         record = self.record(step)
-        sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
         try:
             stored = ocp.checkpointables_metadata(str(self.folder(step))).metadata[part]
-            target = jax.tree.map(lambda leaf: _abstract(leaf, sharding), stored)
+            target = jax.tree.map(_host_target, stored)
             tree = ocp.load_checkpointables(str(self.folder(step)), {part: target})[part]
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
@@ -207,7 +209,6 @@ def _to_host_copy(leaf: Any) -> Any:
     return leaf if isinstance(leaf, str) else np.array(leaf)
 
 
-def _abstract(leaf: Any, sharding: jax.sharding.Sharding) -> Any:
-    if not hasattr(leaf, "shape"):
-        return leaf  # a string: Orbax's metadata stands for itself
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+def _host_target(leaf: Any) -> Any:
+    # Orbax reads into the kind of array that it is given; a string stands for itself.
+    return np.empty(leaf.shape, leaf.dtype) if hasattr(leaf, "shape") else leaf

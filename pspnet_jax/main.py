@@ -2,7 +2,8 @@
 
 * Each verb has its own flags, so `VERB --help` is short and a foreign flag or a leftover word is an error.
 * Nothing heavy is imported before the flags are read.
-* Exit codes: 0 done, 1 a fault in the data, the config or the checkpoint, 2 a fault in the command.
+* Exit codes: 0 done, 1 a fault in the data, the config or the checkpoint, 2 a fault in the command,
+  130 interrupted.
 """
 
 import difflib
@@ -210,6 +211,8 @@ def _run(verb: Verb, values: flags.FlagValues, words: list[str]) -> int:
         # The place in the code is for log.txt; whoever typed the command needs the sentence.
         log.debug("stopped by", exc_info=True)
         return _fail(1, str(error))
+    except KeyboardInterrupt:
+        return _fail(130, "interrupted; the same command goes on from the last checkpoint")
     return 0
 
 

@@ -126,12 +126,13 @@ def progress_line(
 
 def log_to(path: Path | None) -> None:
     """Send the package's messages to standard output and, where given, to a file."""
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.DEBUG)
     log.propagate = False
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
     console = logging.StreamHandler(sys.stdout)
+    console.setLevel(logging.INFO)
     console.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(console)
     if path is not None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import serialization
@@ -165,15 +166,27 @@ class Run:
     def resume_or_start(self) -> TrainState:
         """The newest good checkpoint, else the initial state; what cannot be read is set aside."""
         self.checkpoints.remove_unfinished()
-        state = self.initial_state
+        state, corrupt = self.initial_state, []
         for step in reversed(self.checkpoints.steps()):
             try:
                 state = self._restored(step)
                 log.info("resuming from step %d of %s", step, self.workdir)
                 break
             except CorruptCheckpointError as error:
-                aside = self.checkpoints.set_aside(step)
-                log.warning("%s\nIt was renamed to %s; trying the step before it.", error, aside)
+                log.warning("%s\nTrying the step before it.", error)
+                corrupt.append(step)
+        else:
+            if corrupt:
+                raise CorruptCheckpointError(
+                    f"no step of {self.checkpoints.path} can be read; move the folder away to start anew"
+                )
+        for step in corrupt:
+            log.warning("renamed to %s", self.checkpoints.set_aside(step))
+        if int(state.step) > self.config.train.num_steps:
+            raise ValueError(
+                f"{self.workdir} is at step {int(state.step)}, beyond "
+                f"train.num_steps={self.config.train.num_steps}"
+            )
         return jax.device_put(state, parallel.replicated(self.mesh))
 
     def _restored(self, step: int) -> TrainState:
@@ -181,15 +194,17 @@ class Run:
         optimizer = self.checkpoints.load(step, "optimizer")
         stored = Description.from_json(model["description"])
         _check_continues(stored, self.description, self.checkpoints.folder(step))
-        return TrainState(
-            step=optimizer["step"],
-            params=model["params"],
-            batch_stats=model["batch_stats"],
-            opt_state=serialization.from_state_dict(
-                self.initial_state.opt_state, optimizer["opt_state"]
-            ),
-            skipped_steps=optimizer["skipped_steps"],
+        opt_state = serialization.from_state_dict(
+            self.initial_state.opt_state, optimizer["opt_state"]
         )
+        restored = (
+            optimizer["step"],
+            model["params"],
+            model["batch_stats"],
+            opt_state,
+            optimizer["skipped_steps"],
+        )
+        return TrainState(*jax.tree.map(jnp.asarray, restored))
 
     def announce(self) -> None:
         """Say what is trained on what; the first step is silent for as long as it compiles."""

@@ -69,6 +69,12 @@ def test_best_is_latest_where_nothing_was_evaluated_and_the_later_of_equals(tmp_
     assert saved(tmp_path / "b", {1: 0.5, 2: 0.5}).best_step() == 2
 
 
+def test_a_score_that_is_not_a_number_is_no_score(tmp_path):
+    folder = saved(tmp_path, {1: 0.2, 2: float("nan")})
+    assert folder.record(2).mean_iou is None
+    assert folder.best_step() == 1
+
+
 def test_saving_a_step_again_replaces_it(tmp_path):
     folder = saved(tmp_path, {3: 0.1})
     folder.save(3, parts(8), mean_iou=0.2)
@@ -78,7 +84,7 @@ def test_saving_a_step_again_replaces_it(tmp_path):
 
 def test_caller_may_overwrite_its_arrays_while_they_are_written(tmp_path):
     folder = CheckpointFolder(tmp_path)
-    tree = {"model": {"x": np.ones(1000, np.float32)}}
+    tree = {"model": {"x": np.ones(1000)}}
     folder.save(1, tree, mean_iou=None)
     tree["model"]["x"][:] = 2
     folder.wait()

@@ -6,6 +6,7 @@ compiled in one of them; the other pairs are marked slow.
 """
 
 import contextlib
+import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ import make_step  # noqa: E402
 BUDGET_SECONDS = 60
 
 CASES = make_step.CASES
+# Compiling takes nearly all of the time, and without LLVM's optimization a third less.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 # Largest difference relative to the largest value of the tensor (losses: to the loss). In float64
 # they are as wide as the files, which hold float32, and the learning rate, which is computed in
 # float32, need. The second step in float32 starts from parameters that already differ.
@@ -93,9 +96,7 @@ def _take_two_steps(case, dtype: str) -> dict:
     state = state.replace(params=params, batch_stats=batch_stats, opt_state=optimizer.init(params))
     images, labels = make_step.draw_batch(case)
     batch = Batch(images, labels, np.arange(3, dtype=np.int32), np.ones(3, bool))
-    step = jax.jit(
-        make_train_step(model, optimizer, schedule, aux_weight=make_step.AUX_WEIGHT, seed=0)
-    )
+    step = jit(make_train_step(model, optimizer, schedule, aux_weight=make_step.AUX_WEIGHT, seed=0))
     first, metrics = step(state, batch)
     second, _ = step(first, batch)
     before, after = dict(make_step.flatten(params)), dict(make_step.flatten(second.params))
@@ -113,7 +114,7 @@ def _logits(model: PSPNet, params: dict, batch_stats: dict, images: np.ndarray) 
     graphdef, _, _ = split_model(model)
     dtype = jax.tree.leaves(params)[0].dtype
 
-    @jax.jit
+    @jit
     def evaluate(params, batch_stats, images):
         inputs = normalize(images, FAMILIES["semseg"].normalization, dtype=dtype)
         outputs = nnx.merge(graphdef, params, batch_stats)(inputs, train=False)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pspnet_jax import train as train_module
-from pspnet_jax.checkpoint import CheckpointFolder
+from pspnet_jax.checkpoint import CheckpointFolder, CorruptCheckpointError
 from pspnet_jax.config import from_json
 from pspnet_jax.train import compose, train
 
@@ -127,14 +127,34 @@ def test_workers_do_not_change_the_run(finished, data, tmp_path):
 def test_a_damaged_checkpoint_is_set_aside_and_the_run_ends_the_same(finished, data, tmp_path):
     train(tiny(data), tmp_path)
     folder = CheckpointFolder(tmp_path / "checkpoints")
-    newest = max(
-        (folder.folder(6) / "model").rglob("*"), key=lambda p: p.stat().st_size * p.is_file()
-    )
-    newest.write_bytes(newest.read_bytes()[:100])
+    damage(folder, 6)
     train(tiny(data), tmp_path)
     assert (tmp_path / "checkpoints/00000006.corrupt").is_dir()
     assert digests(tmp_path, 6) == digests(finished, 6)
     assert rows(tmp_path) == rows(finished)
+
+
+def damage(folder, step):
+    largest = max(
+        (folder.folder(step) / "model").rglob("*"), key=lambda p: p.is_file() * p.stat().st_size
+    )
+    largest.write_bytes(largest.read_bytes()[:100])
+
+
+def test_where_no_checkpoint_can_be_read_nothing_is_started_anew(data, tmp_path):
+    train(tiny(data, train__num_steps=4), tmp_path)
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    steps, before = folder.steps(), rows(tmp_path)
+    for step in steps:
+        damage(folder, step)
+    with pytest.raises(CorruptCheckpointError, match="move the folder away to start anew"):
+        train(tiny(data, train__num_steps=4), tmp_path)
+    assert (folder.steps(), rows(tmp_path)) == (steps, before)
+
+
+def test_fewer_steps_than_were_taken_are_refused(finished, data):
+    with pytest.raises(ValueError, match=r"is at step 6, beyond train\.num_steps=4"):
+        train(tiny(data, train__num_steps=4), finished)
 
 
 def test_a_finished_run_stays_as_it_is(finished, data):

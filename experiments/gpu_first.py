@@ -10,12 +10,12 @@ be compared. `--small` runs everything on tiny shapes on the CPU in under a minu
   the kernel gradient of a dilated convolution into a convolution with a window as large as the
   map: is that slow, and which form is not?
 * Part 2: 1x1 convolutions as convolutions and as matrix products, with what follows them.
-* Part 3: the whole network, forward and training step, beside `pspnet_torch.py`, eager and compiled.
+* Part 3: the whole network, forward and training step, beside `pspnet_torch.py` (eager, compiled).
 * Parts 1 and 3 run a second time with XLA's fusion of convolutions switched on.
 
 Every task is a process of its own: XLA reads its flags once, frameworks do not share memory, and
-what fails, fails alone. A failure is a line of the report. results.json and results.md are rewritten
-after every line, so a run that is stopped leaves what it measured.
+what fails, fails alone. A failure is a line of the report. results.json and results.md are written
+again after every line, so a run that is stopped leaves what it measured.
 """
 
 import argparse
@@ -785,8 +785,8 @@ EXPLANATIONS = {
     1: "3x3 convolutions of the dilated stages. 'stage split once' takes operands that are split"
     " already; 'three in a row' counts the splitting. bfloat16; medians.",
     2: "1x1 convolutions as convolutions and as matrix products. bfloat16; medians.",
-    3: "PSPNet: forward = normalized images to logits at image size; training step = 8-bit images to"
-    " the next state. Peak = of the device's allocator (JAX: of the process so far, lines in"
+    3: "PSPNet: forward = normalized images to logits at image size; training step = 8-bit images"
+    " to the next state. Peak = of the device's allocator (JAX: of the process so far, lines in"
     " ascending order); planned = by XLA's compiler; compile = PyTorch's first call less one call.",
 }
 
@@ -812,7 +812,7 @@ def write_report(output: Path, report: dict) -> None:
 
 
 def commit_of_checkout() -> str:
-    """Of the checkout this file lies in, with a mark where it was changed; 'unknown' outside git."""
+    """Of the checkout this file lies in, marked where it was changed; 'unknown' outside git."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,0 +1,53 @@
+"""The scripts of experiments/, at a size of seconds."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import cv2
+import pytest
+
+BUDGET_SECONDS = 120
+
+FOLDER = Path(__file__).parent.parent / "experiments"
+
+
+def run_script(name, *arguments, monkeypatch):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    module.main()
+    return module
+
+
+@pytest.fixture(scope="module")
+def context(tmp_path_factory):
+    """Both networks of scenes_context, after two steps."""
+    folder = tmp_path_factory.mktemp("scenes_context")
+    with pytest.MonkeyPatch.context() as patch:
+        arguments = [f"--output={folder}", "--seeds=3", "--num_steps=2", "--num_images=20"]
+        run_script("scenes_context", *arguments, monkeypatch=patch)
+    return folder
+
+
+def test_scenes_context_compares_both_networks(context):
+    rows = json.loads((context / "results.json").read_text())["rows"]
+    assert [(row["network"], row["seed"]) for row in rows] == [("pyramid", 3), ("baseline", 3)]
+    assert set(rows[0]["straight"]) == set(rows[0]["swapped"])
+    assert rows[0]["straight"] != rows[1]["straight"]
+    text = (context / "results.md").read_text()
+    assert "| baseline | 3 |" in text
+    assert "Without the pyramid the ambiguous classes lose" in text
+    config = json.loads((context / "baseline_3/config.json").read_text())
+    assert config["model"]["pyramid_bins"] == []
+
+
+def test_figures_hold_a_curve_and_class_maps(context, tmp_path, monkeypatch):
+    arguments = [f"--checkpoint={context / 'pyramid_3'}", f"--output={tmp_path}", "--num_images=2"]
+    run_script("figures", *arguments, monkeypatch=monkeypatch)
+    curve = cv2.imread(str(tmp_path / "pyramid_3_curve.png"))
+    maps = cv2.imread(str(tmp_path / "pyramid_3_class_maps.png"))
+    assert curve.shape[0] > 300
+    assert maps.shape[1] > 4 * 250

@@ -3,7 +3,7 @@
     python -m pspnet_jax.main --config=configs/scenes.py
 
 Every image is painted on the fly; only far-away context tells a boat from a car. The dilated-FCN
-baseline, which cannot see that far at this budget:
+baseline, which does not learn to look that far at this budget:
 
     python -m pspnet_jax.main --config=configs/scenes.py --config.name=scenes_fcn --config.model.pyramid_bins='()'
 """

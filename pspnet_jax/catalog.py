@@ -2,8 +2,8 @@
 
 * One CSV per set in `labels/`, columns id,name,red,green,blue,raw_ids (several raw ids are separated by
   spaces) and, optionally, group. The row with id 255 lists the raw values that are void.
-* Raw values are mapped here and nowhere else; 255 in a raw mask is always void, and a value that no row
-  lists is an error that names it.
+* Raw values are mapped here and nowhere else; 255 in a raw mask is void unless a class lists it, and
+  another value that no row lists is an error that names it.
 * Sources: names and colors of ADE20K as in the authors' code (github.com/hszhao/semseg, MIT), of CamVid
   as in the SegNet tutorial's palette; `scenes` is ours.
 """
@@ -106,12 +106,14 @@ def load_label_set(name_or_path: str) -> LabelSet:
     """
     if name_or_path in built_in_names():
         resource = importlib.resources.files("pspnet_jax") / "labels" / f"{name_or_path}.csv"
-        return _parse(name_or_path, resource.read_text(), _CROP_SIZES.get(name_or_path, (473, 473)))
+        return _parse(
+            name_or_path, resource.read_text("utf-8-sig"), _CROP_SIZES.get(name_or_path, (473, 473))
+        )
     path = Path(name_or_path)
     if path.suffix == ".csv":
         if not path.is_file():
             raise ValueError(f"data.labels={name_or_path!r}: there is no such file")
-        return _parse(path.stem, path.read_text(), (473, 473))
+        return _parse(path.stem, path.read_text("utf-8-sig"), (473, 473))
     nearest = difflib.get_close_matches(name_or_path, built_in_names(), n=1)
     hint = f" (did you mean '{nearest[0]}'?)" if nearest else ""
     raise ValueError(
@@ -135,7 +137,7 @@ def _parse(name: str, text: str, crop_size: tuple[int, int]) -> LabelSet:
         raw_ids = tuple(tuple(map(int, row["raw_ids"].split())) for row in classes)
         void_raw_ids = tuple(raw for row in void for raw in map(int, row["raw_ids"].split()))
         ids = [int(row["id"]) for row in classes]
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
             f"label set '{name}': {error}; all but names must be whole numbers"
         ) from None

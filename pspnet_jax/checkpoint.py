@@ -10,6 +10,7 @@
 """
 
 import hashlib
+import logging
 import math
 import re
 import shutil
@@ -23,6 +24,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 Tree = dict
+log = logging.getLogger("pspnet_jax")
 NUM_LATEST = 2
 _STEP_FOLDER = re.compile(r"\d{8}")
 
@@ -83,7 +85,7 @@ class CheckpointFolder:
 
     def best_step(self) -> int:
         """The step with the highest mean IoU (the later of equals); the latest where none was evaluated."""
-        scored = [(self.record(step).mean_iou, step) for step in self._existing_steps()]
+        scored = [(self._score(step), step) for step in self._existing_steps()]
         scored = [(score, step) for score, step in scored if score is not None]
         return max(scored)[1] if scored else self.latest_step()
 
@@ -128,6 +130,8 @@ class CheckpointFolder:
             stored = ocp.checkpointables_metadata(str(self.folder(step))).metadata[part]
             target = jax.tree.map(_host_target, stored)
             tree = ocp.load_checkpointables(str(self.folder(step)), {part: target})[part]
+        except (PermissionError, MemoryError):
+            raise  # the machine's trouble, not the checkpoint's
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise CorruptCheckpointError(f"{self.folder(step) / part}: {reason}") from error
@@ -140,7 +144,8 @@ class CheckpointFolder:
     def set_aside(self, step: int) -> Path:
         """Rename a step that cannot be used, so that it is neither listed nor lost."""
         target = self.folder(step).with_suffix(".corrupt")
-        shutil.rmtree(target, ignore_errors=True)
+        while target.exists():
+            target = target.with_name(target.name + "_")
         return self.folder(step).rename(target)
 
     def remove_unfinished(self) -> None:
@@ -153,6 +158,14 @@ class CheckpointFolder:
         if not steps:
             raise FileNotFoundError(f"{self.path} holds no checkpoint")
         return steps
+
+    def _score(self, step: int) -> float | None:
+        try:
+            return self.record(step).mean_iou
+        except CorruptCheckpointError as error:
+            # An old step that cannot be read must not stop the run that is writing new ones.
+            log.warning("%s\nIt is left out of the choice of the best step.", error)
+            return None
 
     def _prune(self) -> None:
         steps = self.steps()

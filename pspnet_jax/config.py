@@ -3,11 +3,12 @@
 * A config file (`configs/*.py`) starts from `default_config()` and states only what differs.
 * None means: take the value of the family, of the recipe or of the label set; config.json of a run
   holds what that was.
-* `validate` checks types and ranges and lists every offender at once. What only a module can know
+* `validate` checks ranges and lists every offender at once (types are ConfigDict's to hold). What only a module can know
   (does this family have that backbone, does this crop fit) that module checks when it is made.
 """
 
 import json
+import re
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
@@ -52,7 +53,7 @@ def default_config() -> ConfigDict:
     model.align_corners = placeholder(bool)  # rule of every bilinear resize
     model.dropout_rate = placeholder(float)  # of whole channels, 0..1
     model.initializer = placeholder(str)  # semseg
-    model.dtype = "float32"  # computed in: float32 | bfloat16
+    model.dtype = "float32"  # computed in: float32 | bfloat16 (float64 with JAX_ENABLE_X64=1)
     model.remat = False  # recompute blocks in the backward pass: less memory, more time
     model.frozen_norm = False  # batch norm keeps its running statistics
 
@@ -151,7 +152,7 @@ def validate(config: ConfigDict) -> None:
     augment = config.augment
     if augment.scale_min and augment.scale_max and augment.scale_min > augment.scale_max:
         faults.append("augment.scale_min must not be above augment.scale_max")
-    if config.name is None or "/" in config.name:
+    if config.name is None or not re.fullmatch(r"\w[\w.-]*", config.name):
         faults.append(f"name={config.name!r} must be the name of a folder")
     if faults:
         raise ValueError("the config has faults:\n  " + "\n  ".join(faults))
@@ -171,9 +172,18 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    """The config that `to_json` wrote."""
+    """The config that `to_json` wrote; ValueError for options that this version does not know."""
     config = default_config()
-    for section, values in json.loads(text).items():
+    stored = json.loads(text)
+    flat = [f"{s}.{k}" for s, v in stored.items() if isinstance(v, dict) for k in v]
+    unknown = set(flat + [s for s, v in stored.items() if not isinstance(v, dict)]) - set(
+        option_names()
+    )
+    if unknown:
+        raise ValueError(
+            f"config.json has options of another version: {', '.join(sorted(unknown))}"
+        )
+    for section, values in stored.items():
         if not isinstance(values, dict):
             config[section] = values
             continue

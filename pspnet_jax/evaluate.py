@@ -68,7 +68,7 @@ def equal_size_batches(examples: Iterable[Example], batch_size: int) -> Iterator
 
 def output_folder(workdir: Path, *, step: int, split: str, protocol: Protocol) -> Path:
     """Where a run keeps the report of one evaluation."""
-    return workdir / "evaluation" / f"{step:08d}-{split}-{protocol.name}"
+    return workdir / "evaluation" / f"{step:08d}-{split}-{protocol.label}"
 
 
 def run(
@@ -97,7 +97,9 @@ def run(
         )
     if config is None:
         config = config_module.from_json(run_config.read_text())
-    label_set = load_label_set(config.data.labels)
+        label_set = segmenter.label_set
+    else:
+        label_set = load_label_set(config.data.labels)
     if label_set.names != segmenter.label_set.names:
         raise ValueError(
             f"data.labels={config.data.labels} has {label_set.num_classes} classes "

@@ -136,9 +136,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--help" in rest:
         print(verb_help(name))
         return 0
-    absent = [a for a in rest if a.startswith("--config=") and not Path(a[9:]).is_file()]
-    if absent:
-        return _fail(2, f"{absent[0]}: there is no such file")
+    file = _config_file(rest)
+    if file is not None and not Path(file).is_file():
+        return _fail(2, f"--config={file}: there is no such file")
     values = flags.FlagValues()
     try:
         verb.define(values, ["pspnet", *rest])
@@ -212,20 +212,30 @@ def _run(verb: Verb, values: flags.FlagValues, words: list[str]) -> int:
         log.debug("stopped by", exc_info=True)
         return _fail(1, str(error))
     except KeyboardInterrupt:
-        return _fail(130, "interrupted; the same command goes on from the last checkpoint")
+        return _fail(
+            130, "interrupted; a training goes on from its last checkpoint with the same command"
+        )
     return 0
 
 
 def _explain(error: Exception, argv: list[str]) -> str:
     text = str(error).strip("\"'")
-    if any(a.startswith("--config.") for a in argv) and not any(
-        a.startswith("--config=") for a in argv
-    ):
+    if any(a.startswith("--config.") for a in argv) and _config_file(argv) is None:
         return _MISSING_CONFIG
     for name in re.findall(r"--config\.([\w.]+)", " ".join(argv)):
         if name not in option_names():
             return f"unknown option --config.{name}{_nearest(name, option_names())}"
     return text
+
+
+def _config_file(argv: list[str]) -> str | None:
+    """What stands behind --config, as one word or two."""
+    for i, word in enumerate(argv):
+        if word.startswith("--config="):
+            return word.removeprefix("--config=")
+        if word == "--config" and i + 1 < len(argv):
+            return argv[i + 1]
+    return None
 
 
 def _nearest(name: str, known: list[str]) -> str:

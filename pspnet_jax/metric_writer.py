@@ -81,6 +81,7 @@ class Progress:
         self._writer = writer
         self._num_steps, self._every, self._images = num_steps, log_every_steps, images_per_step
         self._last_step, self._last_time = first_step, time.monotonic()
+        self._num_skipped = 0
 
     def __enter__(self) -> "Progress":
         return self
@@ -100,6 +101,13 @@ class Progress:
             "seconds_left": (self._num_steps - step) / steps_per_second,
         }
         self._writer.write(step, scalars, timing=timing)
+        if scalars["skipped_steps"] > self._num_skipped:
+            self._num_skipped = int(scalars["skipped_steps"])
+            log.warning(
+                "%d steps so far had a loss or gradient that is not finite and changed nothing; "
+                "a lower learning rate or more warm-up steps may help",
+                self._num_skipped,
+            )
         log.info("%s", progress_line(step, self._num_steps, scalars, timing))
         self._last_step, self._last_time = step, time.monotonic()
 
@@ -122,6 +130,13 @@ def progress_line(
         f"learning rate {scalars['learning_rate']:.2e}  "
         f"{timing['images_per_second']:.1f} images/s  {_duration(timing['seconds_left'])} left"
     )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a kill leaves the old one or the new one, never half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def log_to(path: Path | None) -> None:
@@ -153,9 +168,7 @@ def _drop_rows_after(path: Path, step: int) -> None:
         except (json.JSONDecodeError, KeyError):
             continue
     kept = "".join(line + "\n" for row_step, line in rows if row_step <= step)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(kept)
-    os.replace(temporary, path)
+    write_whole(path, kept)
 
 
 def _finite(values: Mapping[str, float]) -> dict[str, float | None]:

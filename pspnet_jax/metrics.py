@@ -68,7 +68,7 @@ def scores(confusion: Confusion, *, absent_class: str) -> Scores:
         mean_accuracy=_mean(accuracy, absent_class),
         mean_dice=_mean(dice, absent_class),
         pixel_accuracy=float(_ratio(intersection.sum(keepdims=True), true.sum(keepdims=True))[0]),
-        frequency_weighted_iou=float(np.nansum(frequency * iou)),
+        frequency_weighted_iou=float(np.nansum(frequency * iou)) if true.sum() else float("nan"),
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pspnet_jax import visualize
-from pspnet_jax.data.folders import IMAGE_SUFFIXES, read_image
+from pspnet_jax.data.folders import IMAGE_SUFFIXES, DataError, read_image
 from pspnet_jax.report import write_picture
 from pspnet_jax.segmenter import load
 
@@ -32,6 +32,7 @@ def run(
         The class maps that were written.
 
     Raises:
+        DataError: after all others are done, naming the images that cannot be read.
         ValueError: for no images, or two of the same name.
         FileNotFoundError: for an image or folder that is not there.
         FileExistsError: where a result exists and `overwrite` was not given; nothing is written then.
@@ -45,8 +46,14 @@ def run(
     palette = segmenter.label_set.palette
     for kind in KINDS:
         (Path(output) / kind).mkdir(parents=True, exist_ok=True)
+    unreadable, written = [], []
     for i, path in enumerate(paths, start=1):
-        image = read_image(path)
+        try:
+            image = read_image(path)
+        except DataError as error:
+            unreadable.append(str(error))
+            log.warning("%d/%d  %s", i, len(paths), error)
+            continue
         labels = segmenter.class_map(image)
         pictures = (
             labels,
@@ -56,7 +63,11 @@ def run(
         for kind, picture in zip(KINDS, pictures, strict=True):
             write_picture(targets[path][kind], picture)
         log.info("%d/%d  %s -> %s", i, len(paths), path, targets[path]["overlays"])
-    return [targets[path]["class_maps"] for path in paths]
+        written.append(targets[path]["class_maps"])
+    if unreadable:
+        listed = "\n  ".join(unreadable)
+        raise DataError(f"{len(unreadable)} of {len(paths)} images were left out:\n  {listed}")
+    return written
 
 
 def find_images(arguments: Sequence[str]) -> list[Path]:

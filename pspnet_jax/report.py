@@ -18,6 +18,7 @@ from pspnet_jax import visualize
 from pspnet_jax.arrays import IGNORE_LABEL, Example, LabelMap
 from pspnet_jax.catalog import LabelSet
 from pspnet_jax.data.pipeline import Source
+from pspnet_jax.metric_writer import write_whole
 from pspnet_jax.metrics import Confusion, Scores, group_iou, scores
 from pspnet_jax.segmenter import Provenance
 from pspnet_jax.version import __version__
@@ -100,8 +101,8 @@ def write_report(
     contents = report(evaluation, provenance, split=split)
     panels = folder / "panels"
     panels.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(contents, indent=2) + "\n")
-    (folder / "report.md").write_text(markdown(contents))
+    write_whole(folder / "report.json", json.dumps(contents, indent=2) + "\n")
+    write_whole(folder / "report.md", markdown(contents))
     pictures = []
     for index, prediction in sorted(evaluation.predictions.items()):
         picture = example_panel(source[index], prediction, evaluation.label_set)

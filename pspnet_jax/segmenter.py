@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float32, UInt8
 
 from pspnet_jax import parallel, windows
-from pspnet_jax.arrays import Images, LabelMap, Labels, Logits, RawImage, RawImages
+from pspnet_jax.arrays import Images, LabelMap, Labels, Logits, Probabilities, RawImage, RawImages
 from pspnet_jax.catalog import LabelSet
 from pspnet_jax.checkpoint import CheckpointFolder, Tree, check_same_shapes
 from pspnet_jax.models.layers import NoRandomNumbers
@@ -28,6 +28,9 @@ from pspnet_jax.models.pspnet import FAMILIES, ModelOptions, Normalization, PSPN
 from pspnet_jax.resample import resize
 from pspnet_jax.train_step import normalize, split_model
 from pspnet_jax.windows import Protocol
+
+FORMAT = 1
+"""Of the description in checkpoints; counts up when an old one cannot be read any more."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Description:
     def to_json(self) -> str:
         return json.dumps(
             {
+                "format": FORMAT,
                 "model": asdict(self.model),
                 "label_set": self.label_set.to_json(),
                 "normalization": asdict(self.normalization),
@@ -52,10 +56,14 @@ class Description:
     @classmethod
     def from_json(cls, text: str) -> "Description":
         data = json.loads(text)
+        if data["format"] != FORMAT:
+            raise ValueError(
+                f"the checkpoint has format {data['format']}, this version reads {FORMAT}"
+            )
         return cls(
             model=ModelOptions.resolve(data["model"]),
             label_set=LabelSet.from_json(data["label_set"]),
-            normalization=Normalization(*(tuple(v) for v in data["normalization"].values())),
+            normalization=Normalization(**{k: tuple(v) for k, v in data["normalization"].items()}),
             protocol=Protocol(**data["protocol"]),
         )
 
@@ -93,17 +101,13 @@ class Segmenter:
         self.label_set, self.protocol = description.label_set, description.protocol
         self._mesh = parallel.make_mesh() if mesh is None else mesh
         everywhere = parallel.replicated(self._mesh)
-        self._params, self._batch_stats = jax.device_put((params, batch_stats), everywhere)
-        self._graphdef = structure(description)[0]
-        self._jit_logits = jax.jit(self._logits)
-        self._jit_probabilities = jax.jit(self._probabilities, static_argnames="protocol")
-        self._jit_class_maps = jax.jit(self._class_maps, static_argnames="protocol")
+        self._state = jax.device_put((params, batch_stats), everywhere)
 
     def logits(
         self, images: RawImages | Images
     ) -> Float32[jax.Array, "batch height width classes"]:
         """Class scores at input size. uint8 images are raw RGB, floating ones already normalized."""
-        return self._jit_logits(self._params, self._batch_stats, self._place(images))
+        return _logits(*self._state, self._place(images), description=self.description)
 
     def probabilities(
         self, image: RawImage, *, protocol: str | None = None, flip: bool | None = None
@@ -111,7 +115,7 @@ class Segmenter:
         """Class probabilities of one image under a protocol (None: the checkpoint's own)."""
         chosen = self.choose_protocol(protocol, flip=flip)
         batch = self._place(np.asarray(image)[None])
-        return self._jit_probabilities(self._params, self._batch_stats, batch, protocol=chosen)[0]
+        return _probabilities(*self._state, batch, description=self.description, protocol=chosen)[0]
 
     def class_map(self, image: RawImage) -> LabelMap:
         """The most probable class of each pixel of one image, as train ids."""
@@ -122,7 +126,7 @@ class Segmenter:
     ) -> UInt8[np.ndarray, "batch height width"]:
         """As `class_map`, for images of equal size that go through together."""
         batch = self._place(images)
-        maps = self._jit_class_maps(self._params, self._batch_stats, batch, protocol=protocol)
+        maps = _class_maps(*self._state, batch, description=self.description, protocol=protocol)
         return np.asarray(maps)
 
     def choose_protocol(self, name: str | None, *, flip: bool | None) -> Protocol:
@@ -133,36 +137,19 @@ class Segmenter:
         return protocol if flip is None else replace(protocol, flip=flip)
 
     def _place(self, images: RawImages | Images) -> jax.Array:
+        is_floating = jnp.issubdtype(images.dtype, jnp.floating)
+        if (
+            images.ndim != 4
+            or images.shape[-1] != 3
+            or not (is_floating or images.dtype == np.uint8)
+        ):
+            raise ValueError(
+                f"images are {images.dtype}{list(images.shape)}; they must be RGB: uint8 [..., height, "
+                "width, 3] as read from a file, or floating and already normalized"
+            )
         splits = images.shape[0] % self._mesh.size == 0
         sharding = parallel.split_batch(self._mesh) if splits else parallel.replicated(self._mesh)
         return jax.device_put(images, sharding)
-
-    def _logits_of(self, params: Tree, batch_stats: Tree, images: Images) -> Logits:
-        options = self.description.model
-        height, width = images.shape[1:3]
-        family = FAMILIES[options.family]
-        padded = (family.padded(height), family.padded(width))
-        # Normalized, the mean color is 0.
-        images = jnp.pad(images, ((0, 0), (0, padded[0] - height), (0, padded[1] - width), (0, 0)))
-        model = nnx.merge(self._graphdef, params, batch_stats)
-        logits = model(images, train=False).logits
-        return resize(logits, padded, align_corners=options.align_corners)[:, :height, :width]
-
-    def _logits(self, params: Tree, batch_stats: Tree, images: RawImages | Images) -> Logits:
-        return self._logits_of(params, batch_stats, self._normalized(images))
-
-    def _probabilities(self, params: Tree, batch_stats: Tree, images, *, protocol: Protocol):
-        logits_of = functools.partial(self._logits_of, params, batch_stats)
-        return windows.probabilities(logits_of, self._normalized(images), protocol=protocol)
-
-    def _class_maps(self, params: Tree, batch_stats: Tree, images, *, protocol: Protocol) -> Labels:
-        scores = self._probabilities(params, batch_stats, images, protocol=protocol)
-        return jnp.argmax(scores, axis=-1).astype(jnp.uint8)
-
-    def _normalized(self, images: RawImages | Images) -> Images:
-        if images.dtype != jnp.uint8:
-            return images
-        return normalize(images, self.description.normalization, dtype=jnp.float32)
 
 
 def load(path: str | Path, *, step: str | int = "best") -> Segmenter:
@@ -212,6 +199,7 @@ def choose_step(folder: CheckpointFolder, step: str | int) -> int:
     )
 
 
+@functools.lru_cache(maxsize=16)
 def structure(description: Description) -> tuple[nnx.GraphDef, Tree, Tree]:
     """The definition of a network with the shapes of its parameters and statistics, without values."""
     num_classes = description.label_set.num_classes
@@ -222,3 +210,51 @@ def structure(description: Description) -> tuple[nnx.GraphDef, Tree, Tree]:
 def model_part(description: Description, params: Tree, batch_stats: Tree) -> Tree:
     """What a checkpoint's `model` part holds."""
     return {"params": params, "batch_stats": batch_stats, "description": description.to_json()}
+
+
+# Compiled once for each description, protocol and image size, whichever segmenter asks: evaluations
+# during training share their compilations.
+
+
+def _logits_of(
+    params: Tree, batch_stats: Tree, images: Images, *, description: Description
+) -> Logits:
+    """Logits of normalized images, at their own size."""
+    options = description.model
+    height, width = images.shape[1:3]
+    family = FAMILIES[options.family]
+    padded = (family.padded(height), family.padded(width))
+    # Normalized, the mean color is 0.
+    images = jnp.pad(images, ((0, 0), (0, padded[0] - height), (0, padded[1] - width), (0, 0)))
+    model = nnx.merge(structure(description)[0], params, batch_stats)
+    logits = model(images, train=False).logits
+    return resize(logits, padded, align_corners=options.align_corners)[:, :height, :width]
+
+
+def _normalized(images: RawImages | Images, description: Description) -> Images:
+    if images.dtype != jnp.uint8:
+        return images
+    return normalize(images, description.normalization, dtype=jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames="description")
+def _logits(params: Tree, batch_stats: Tree, images, *, description: Description) -> Logits:
+    return _logits_of(
+        params, batch_stats, _normalized(images, description), description=description
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("description", "protocol"))
+def _probabilities(
+    params: Tree, batch_stats: Tree, images, *, description: Description, protocol: Protocol
+) -> Probabilities:
+    logits_of = functools.partial(_logits_of, params, batch_stats, description=description)
+    return windows.probabilities(logits_of, _normalized(images, description), protocol=protocol)
+
+
+@functools.partial(jax.jit, static_argnames=("description", "protocol"))
+def _class_maps(
+    params: Tree, batch_stats: Tree, images, *, description: Description, protocol: Protocol
+) -> Labels:
+    scores = _probabilities(params, batch_stats, images, description=description, protocol=protocol)
+    return jnp.argmax(scores, axis=-1).astype(jnp.uint8)

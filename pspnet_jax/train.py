@@ -7,6 +7,7 @@
 """
 
 import dataclasses
+import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,12 +29,13 @@ from pspnet_jax.checkpoint import (
     CheckpointFolder,
     CorruptCheckpointError,
     Tree,
+    check_same_shapes,
     digest,
     flatten,
 )
 from pspnet_jax.data.pipeline import Source, open_source, training_batches
 from pspnet_jax.data.transforms import Augmentation, RandomCrop
-from pspnet_jax.metric_writer import MetricWriter, Progress, log_to
+from pspnet_jax.metric_writer import MetricWriter, Progress, log_to, write_whole
 from pspnet_jax.models.pspnet import FAMILIES, ModelOptions, PSPNet, check_size, is_head
 from pspnet_jax.optimizer import Schedule, poly_schedule, sgd
 from pspnet_jax.report import summary, write_report
@@ -79,6 +81,8 @@ def train(config: ConfigDict, workdir: Path) -> Path:
             mean_iou = run.evaluate(step, state, progress) if run.evaluates_at(step) else None
             if run.saves_at(step):
                 run.save(step, state, mean_iou)
+        if not (run.evaluation_folder(num_steps) / "report.json").exists():
+            run.evaluate(num_steps, state, progress)
     return run.evaluation_folder(num_steps)
 
 
@@ -133,7 +137,17 @@ class Run:
         )
 
     def evaluate(self, step: int, state: TrainState, progress: Progress) -> float:
-        """Write the report of the parameters at hand; returns the mean IoU."""
+        """Write the report of the parameters at hand; returns the mean IoU.
+
+        Where that fails (an unreadable mask, say), the step is saved first: nothing learned is lost.
+        """
+        try:
+            return self._evaluate(step, state, progress)
+        except Exception:
+            self.save(step, state, None)
+            raise
+
+    def _evaluate(self, step: int, state: TrainState, progress: Progress) -> float:
         model = model_part(self.description, state.params, state.batch_stats)
         segmenter = Segmenter(
             self.description,
@@ -193,7 +207,10 @@ class Run:
         model = self.checkpoints.load(step, "model")
         optimizer = self.checkpoints.load(step, "optimizer")
         stored = Description.from_json(model["description"])
-        _check_continues(stored, self.description, self.checkpoints.folder(step))
+        folder = self.checkpoints.folder(step)
+        _check_continues(stored, self.description, folder)
+        wanted = {name: getattr(self.initial_state, name) for name in ("params", "batch_stats")}
+        check_same_shapes({name: model[name] for name in wanted}, wanted, where=str(folder))
         opt_state = serialization.from_state_dict(
             self.initial_state.opt_state, optimizer["opt_state"]
         )
@@ -231,14 +248,12 @@ class Run:
         path = self.workdir / "config.json"
         text = config_module.to_json(self.config)
         if path.exists():
-            old, new = (
-                flatten(config_module.from_json(t).to_dict()) for t in (path.read_text(), text)
-            )
-            changed = [f"{k}: {old[k]} -> {new[k]}" for k in new if old[k] != new[k]]
+            old, new = (flatten(json.loads(t)) for t in (path.read_text(), text))
+            changed = [f"{k}: {old.get(k)} -> {new[k]}" for k in new if old.get(k) != new[k]]
             if changed:
                 log.warning("going on with changed options:\n  %s", "\n  ".join(changed))
         if jax.process_index() == 0:
-            path.write_text(text)
+            write_whole(path, text)
 
 
 def compose(config: ConfigDict, workdir: Path) -> Run:
@@ -259,6 +274,7 @@ def compose(config: ConfigDict, workdir: Path) -> Run:
     config.augment.update(dataclasses.asdict(augmentation))
     config.data.crop_size = crop_size
     config.evaluate.split = config.evaluate.split or config.data.val_split
+    config_module.validate(config)
 
     source = _open(config, label_set, split=config.data.train_split)
     validation = _open(config, label_set, split=config.evaluate.split)
@@ -336,7 +352,7 @@ def _optimizer_part(state: TrainState) -> Tree:
 def _check_continues(stored: Description, wanted: Description, folder: Path) -> None:
     """Raise where a checkpoint's network is not the one to be trained; listing all differences."""
     faults = []
-    if stored.label_set.names != wanted.label_set.names:
+    if stored.label_set != wanted.label_set:
         faults.append(
             f"label set '{stored.label_set.name}' with {stored.label_set.num_classes} classes there, "
             f"'{wanted.label_set.name}' with {wanted.label_set.num_classes} here"

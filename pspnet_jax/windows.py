@@ -29,6 +29,13 @@ class Protocol:
     absent_class: str
     """Whether a class that nobody drew and nobody predicted is left out of means: 'skip' or 'zero'."""
 
+    @property
+    def label(self) -> str:
+        """The name, with what was overridden: 'whole', 'whole-noflip'."""
+        if self.flip == PROTOCOLS[self.name].flip:
+            return self.name
+        return f"{self.name}-{'flip' if self.flip else 'noflip'}"
+
 
 PROTOCOLS = {"whole": Protocol("whole", flip=True, absent_class="skip")}
 

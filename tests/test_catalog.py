@@ -58,6 +58,19 @@ def test_own_csv(tmp_path):
     assert label_set.name == "mine"
 
 
+def test_csv_of_a_spreadsheet_may_start_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text(HEADER + "0,a,0,0,0,0\n1,b,0,0,0,1\n", encoding="utf-8-sig")
+    assert load_label_set(str(path)).num_classes == 2
+
+
+def test_a_class_may_list_255(tmp_path):
+    path = tmp_path / "binary.csv"
+    path.write_text(HEADER + "0,background,0,0,0,0\n1,object,255,255,255,255\n")
+    mask = np.array([[0, 255]], np.uint8)
+    np.testing.assert_array_equal(load_label_set(str(path)).from_raw(mask), [[0, 1]])
+
+
 def test_json_round_trip():
     label_set = load_label_set("scenes")
     assert LabelSet.from_json(label_set.to_json()) == label_set
@@ -72,6 +85,7 @@ def test_json_round_trip():
         (HEADER + "0,a,0,0,300,0\n1,b,0,0,0,1\n", r"\[300\] are not within 0..255"),
         (HEADER + "0,a,x,0,0,0\n1,b,0,0,0,1\n", "must be whole numbers"),
         (HEADER + "0,a,0,0,0,0\n", "at least two"),
+        (HEADER + "0,a,0,0,0,0\n1,b,0,0\n", "must be whole numbers"),
     ],
 )
 def test_bad_csv(tmp_path, text, message):

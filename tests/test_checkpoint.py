@@ -124,6 +124,16 @@ def test_new_step_is_verified_before_old_ones_go(tmp_path, monkeypatch):
     assert folder.steps() == [1, 2, 3]
 
 
+def test_an_old_step_without_metadata_does_not_stop_new_ones(tmp_path):
+    folder = saved(tmp_path, {1: 0.9, 2: 0.1})
+    (folder.folder(1) / "_CHECKPOINT_METADATA").write_text("no json")
+    for step in (3, 4):
+        folder.save(step, parts(step), mean_iou=0.2)
+    folder.wait()
+    assert folder.best_step() == 4
+    assert folder.steps()[-2:] == [3, 4]
+
+
 def test_unfinished_steps_are_not_listed_and_are_removed(tmp_path):
     folder = saved(tmp_path, {1: None})
     unfinished = folder.path / "00000002.orbax-checkpoint-tmp"

@@ -39,7 +39,7 @@ def test_scenes_context_compares_both_networks(context):
     assert rows[0]["straight"] != rows[1]["straight"]
     text = (context / "results.md").read_text()
     assert "| baseline | 3 |" in text
-    assert "Without the pyramid the ambiguous classes lose" in text
+    assert "Without the pyramid the mean IoU of the ambiguous classes changes by" in text
     config = json.loads((context / "baseline_3/config.json").read_text())
     assert config["model"]["pyramid_bins"] == []
 

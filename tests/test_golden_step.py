@@ -134,12 +134,12 @@ def _assert_near(kind: str, values: dict[str, np.ndarray], golden: dict, toleran
     differences = {}
     summaries = zip(sorted(values), make_step.summarize(values), golden[f"{kind}s"], strict=True)
     for path, (norm, product), (golden_norm, golden_product) in summaries:
-        larger = max(abs(norm - golden_norm), abs(product - golden_product))
+        larger = np.maximum(abs(norm - golden_norm), abs(product - golden_product))
         differences[path] = larger / golden_norm
     for path in values:
         if f"{kind}/{path}" in golden:
             worst = _difference(values[path], golden[f"{kind}/{path}"])
-            differences[path] = max(differences[path], worst)
+            differences[path] = np.maximum(differences[path], worst)
     wrong = {path: x for path, x in differences.items() if not x <= tolerance}
     assert not wrong, f"{len(wrong)} of {len(differences)} {kind}s differ: {wrong}"
 

@@ -7,6 +7,7 @@ import pytest
 
 from pspnet_jax.arrays import IGNORE_LABEL, Outputs
 from pspnet_jax.losses import cross_entropy, segmentation_loss
+from pspnet_jax.resample import resize
 
 BUDGET_SECONDS = 30
 
@@ -77,10 +78,16 @@ def test_auxiliary_loss_is_weighted():
 
 def test_logits_are_stretched_to_label_size():
     logits, labels = logits_and_labels()
-    constant = jnp.broadcast_to(logits[:, :1, :1], (2, 2, 2, 4))
-    full = jnp.broadcast_to(logits[:, :1, :1], (2, 5, 5, 4))
-    losses = segmentation_loss(Outputs(constant), labels, aux_weight=0.0, align_corners=True)
-    assert float(losses.main) == pytest.approx(float(cross_entropy(full, labels)), rel=1e-6)
+    found = {}
+    for align_corners in (True, False):
+        small = logits[:, :3, :2]
+        full = resize(small, (5, 5), align_corners=align_corners)
+        losses = segmentation_loss(
+            Outputs(small), labels, aux_weight=0.0, align_corners=align_corners
+        )
+        found[align_corners] = float(losses.main)
+        assert found[align_corners] == pytest.approx(float(cross_entropy(full, labels)), rel=1e-6)
+    assert found[True] != pytest.approx(found[False], rel=1e-3)
 
 
 def test_shapes_are_checked():

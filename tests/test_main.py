@@ -66,8 +66,10 @@ def test_evaluate_uses_the_runs_own_data(run):
 
 def test_evaluate_takes_options(run, data, tmp_path):
     argv = [f"--checkpoint={run}", f"--config={CONFIG}", f"--config.data.root={data}"]
-    argv += ["--split=train", "--noflip", "--step=latest", f"--output={tmp_path}"]
+    argv += ["--split=train", "--noflip", "--step=latest"]
     assert main(["evaluate", *argv]) == 0
+    assert (run / "evaluation/00000002-train-whole-noflip/report.json").is_file()
+    assert main(["evaluate", *argv, f"--output={tmp_path}"]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["data"] == {"labels": "camvid", "split": "train", "num_images": 4}
     assert report["protocol"]["flip"] is False
@@ -111,6 +113,7 @@ def test_predict_overwrites_only_when_told(run, data, tmp_path, capsys):
         (["evaluate", "--overwrite", "--checkpoint=x"], "overwrite"),
         (["predict", "--checkpoint=x", "a.jpg"], "--output=... is missing"),
         (["evalute"], "unknown verb 'evalute' (did you mean 'evaluate'?)"),
+        (["--config", "nowhere.py"], "--config=nowhere.py: there is no such file"),
         (["--config=nowhere.py"], "--config=nowhere.py: there is no such file"),
     ],
 )
@@ -130,6 +133,14 @@ def test_faults_of_data_and_checkpoints_are_one_sentence(capsys, tmp_path, data,
     assert "no images" in fails(capsys, argv, code=1)
     (tmp_path / "empty").mkdir()
     assert "no images" in fails(capsys, [*argv, str(tmp_path / "empty")], code=1)
+
+
+def test_predict_leaves_out_what_it_cannot_read_and_says_so(capsys, tmp_path, run):
+    write_image(tmp_path / "in/good.png", example().image)
+    (tmp_path / "in/bad.jpg").write_bytes(b"no photograph")
+    argv = ["predict", f"--checkpoint={run}", f"--output={tmp_path / 'out'}", str(tmp_path / "in")]
+    assert "1 of 2 images were left out" in fails(capsys, argv, code=1)
+    assert (tmp_path / "out/class_maps/good.png").is_file()
 
 
 def test_two_images_of_one_name_are_not_mixed_up(capsys, tmp_path, run):

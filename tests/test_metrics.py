@@ -56,6 +56,7 @@ def test_perfect_prediction_and_nothing_at_all():
     empty = scores(np.zeros((3, 3), np.int64), absent_class="skip")
     assert np.isnan(empty.mean_iou)
     assert np.isnan(empty.pixel_accuracy)
+    assert np.isnan(empty.frequency_weighted_iou)
 
 
 def test_groups():

@@ -99,7 +99,7 @@ def test_first_block_dilation(pair):
     backbone = network(backbone="resnet18", first_block_dilation=pair).backbone
     assert dilations(backbone, 2) == [(1, 1), (1, 1)]
     for stage, first, rest in ((3, pair[0], 2), (4, pair[1], 4)):
-        assert dilations(backbone, stage)[0][0] == first
+        assert dilations(backbone, stage)[0] == (first, first)
         assert dilations(backbone, stage)[1] == (rest, rest)
 
 

@@ -87,6 +87,19 @@ def test_worker_processes_change_nothing():
     assert_same(batches(5), batches(5, num_workers=2))
 
 
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_processes_share_the_stream(monkeypatch, num_processes):
+    whole = batches(3)
+    shares = []
+    for process in range(num_processes):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        monkeypatch.setattr(jax, "process_count", lambda: num_processes)
+        shares.append(batches(3))
+    for step, batch in enumerate(whole):
+        together = [np.concatenate(x) for x in zip(*(share[step] for share in shares), strict=True)]
+        assert_same(tuple(together), tuple(batch))
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_corrupt_photograph_is_named(tmp_path, num_workers):
     write_split(tmp_path, "train", 3)

@@ -8,7 +8,13 @@ from pspnet_jax import load
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.checkpoint import CheckpointFolder
 from pspnet_jax.models.pspnet import IMAGENET_8BIT
-from pspnet_jax.segmenter import Description, Provenance, Segmenter, model_part
+from pspnet_jax.segmenter import (
+    Description,
+    Provenance,
+    Segmenter,
+    _class_maps,
+    model_part,
+)
 from pspnet_jax.train_step import split_model
 from pspnet_jax.windows import PROTOCOLS
 
@@ -82,9 +88,30 @@ def test_flip_can_be_switched_off(segmenter):
 
 def test_a_batch_over_eight_devices_equals_image_by_image(segmenter):
     images = np.stack([example(33, 41, seed=i).image for i in range(8)])
-    together = segmenter.class_maps(images, protocol=PROTOCOLS["whole"])
+    together = np.asarray(segmenter.logits(images))
+    assert np.abs(together[0] - together[5]).max() > 0.01
     for i in (0, 5):
-        np.testing.assert_array_equal(together[i], segmenter.class_map(images[i]))
+        alone = segmenter.logits(images[i : i + 1])[0]
+        np.testing.assert_allclose(together[i], alone, atol=1e-4)
+
+
+def test_two_segmenters_share_their_compilations(segmenter):
+    image = example(33, 41).image
+    segmenter.class_map(image)
+    _, params, batch_stats = split_model(network(CAMVID.num_classes, seed=3))
+    other = Segmenter(DESCRIPTION, params, batch_stats, provenance=Provenance("memory", 1, ""))
+    before = _class_maps._cache_size()
+    other.class_map(image)
+    assert _class_maps._cache_size() == before
+
+
+@pytest.mark.parametrize(
+    "image",
+    [np.zeros((9, 9, 4), np.uint8), np.zeros((9, 9, 3), np.int32), np.zeros((9, 9, 1), np.uint8)],
+)
+def test_what_is_no_rgb_image_is_refused(segmenter, image):
+    with pytest.raises(ValueError, match="they must be RGB"):
+        segmenter._place(image[None])
 
 
 def test_unknown_protocol(segmenter):

@@ -104,9 +104,9 @@ def test_config_json_holds_resolved_values(finished):
     assert config.evaluate.split == "val"
 
 
-@pytest.mark.parametrize("step", [4, 6])
+@pytest.mark.parametrize("step", [4, 5])
 def test_interrupted_equals_uninterrupted_bit_for_bit(finished, data, tmp_path, monkeypatch, step):
-    """Killed before `step`, once between two checkpoints and once right after one."""
+    """Ended by an exception before `step`: in the middle between two checkpoints, right after one."""
     with monkeypatch.context() as patch:
         interrupt_at(patch, step)
         with pytest.raises(KilledError):

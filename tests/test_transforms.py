@@ -134,8 +134,10 @@ def test_order_is_scale_rotate_blur_flip_crop():
         rng.random(2),
     )
     size = (round(150 * scale), round(130 * scale))
-    image = cv2.resize(made.image, size, interpolation=cv2.INTER_LINEAR)
-    labels = cv2.resize(made.labels, size, interpolation=cv2.INTER_NEAREST)
+    # By factor, as the authors: where the sides round, that is not the same as by size.
+    image = cv2.resize(made.image, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
+    labels = cv2.resize(made.labels, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST)
+    assert labels.shape == size[::-1]
     turn = cv2.getRotationMatrix2D((size[0] / 2, size[1] / 2), degrees, 1)
     image = cv2.warpAffine(image, turn, size, flags=cv2.INTER_LINEAR, borderValue=FILL)
     labels = cv2.warpAffine(labels, turn, size, flags=cv2.INTER_NEAREST, borderValue=255)

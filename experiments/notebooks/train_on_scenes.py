@@ -18,7 +18,7 @@
 # the border shows water and a *car* when it shows a road, so a network must look far away to name it. That
 # is what the pyramid pooling module of PSPNet (Zhao et al., CVPR 2017) is for.
 #
-# On two CPU cores the default run takes a few minutes; on a GPU, seconds after compilation.
+# On two CPU cores the default run takes a few minutes.
 
 # %% [markdown]
 # ## Install

@@ -99,7 +99,7 @@ def _to_batch(examples: Example) -> Batch:
 
 
 def _start_worker(worker_index: int, num_workers: int) -> None:
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_platforms", "cpu")
     cv2.setNumThreads(0)
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
 

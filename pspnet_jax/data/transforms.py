@@ -108,11 +108,10 @@ def rescale(image: RawImage, labels: LabelMap, scale: float) -> NewView:
     """Both sides times `scale`, rounded; the image linearly, the labels by the nearest pixel."""
     if scale == 1:
         return (image, labels)
-    height, width = labels.shape
-    size = (max(round(width * scale), 1), max(round(height * scale), 1))
+    # By factor, not by size: OpenCV then samples at exactly 1 / scale, as in the authors' code.
     return (
-        cv2.resize(image, size, interpolation=cv2.INTER_LINEAR),
-        cv2.resize(labels, size, interpolation=cv2.INTER_NEAREST),
+        cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR),
+        cv2.resize(labels, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST),
     )
 
 

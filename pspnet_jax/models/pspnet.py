@@ -130,6 +130,8 @@ class ModelOptions:
         _known("pyramid_pool", self.pyramid_pool, POOLS)
         _known("initializer", self.initializer, INITIALIZERS)
         _known("dtype", self.dtype, DTYPES)
+        if self.dtype == "float64" and not jax.config.read("jax_enable_x64"):
+            raise ValueError("model.dtype='float64' needs JAX_ENABLE_X64=1, else it is float32")
         bins = self.pyramid_bins
         if len(set(bins)) != len(bins) or any(b < 1 for b in bins):
             raise ValueError(f"model.pyramid_bins={bins} must be different numbers of at least 1")

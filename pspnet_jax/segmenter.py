@@ -56,9 +56,9 @@ class Description:
     @classmethod
     def from_json(cls, text: str) -> "Description":
         data = json.loads(text)
-        if data["format"] != FORMAT:
+        if data.get("format") != FORMAT:
             raise ValueError(
-                f"the checkpoint has format {data['format']}, this version reads {FORMAT}"
+                f"the checkpoint has format {data.get('format')}, this version reads {FORMAT}"
             )
         return cls(
             model=ModelOptions.resolve(data["model"]),

@@ -133,8 +133,9 @@ class CheckpointFolder:
         except (PermissionError, MemoryError):
             raise  # the machine's trouble, not the checkpoint's
         except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise CorruptCheckpointError(f"{self.folder(step) / part}: {reason}") from error
+            raise CorruptCheckpointError(
+                f"{self.folder(step) / part} cannot be read: {_root_cause(error)}"
+            ) from error
         if digest(tree) != record.digests.get(part):
             raise CorruptCheckpointError(
                 f"{self.folder(step) / part}: values differ from its digest"
@@ -216,6 +217,13 @@ def check_same_shapes(stored: Tree, wanted: Tree, *, where: str) -> None:
             faults[:20] + ([f"... and {len(faults) - 20} more"] * (len(faults) > 20))
         )
         raise ValueError(f"{where} does not fit this network:\n  {shown}")
+
+
+def _root_cause(error: BaseException) -> str:
+    """First line of the exception that started a chain; Orbax's outermost one speaks of handlers."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return str(error).strip().split("\n")[0][:300] or type(error).__name__
 
 
 def _to_host_copy(leaf: Any) -> Any:

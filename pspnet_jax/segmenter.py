@@ -20,7 +20,16 @@ from jax.sharding import Mesh
 from jaxtyping import Float32, UInt8
 
 from pspnet_jax import parallel, windows
-from pspnet_jax.arrays import Images, LabelMap, Labels, Logits, Probabilities, RawImage, RawImages
+from pspnet_jax.arrays import (
+    AnyArray,
+    Images,
+    LabelMap,
+    Labels,
+    Logits,
+    Probabilities,
+    RawImage,
+    RawImages,
+)
 from pspnet_jax.catalog import LabelSet
 from pspnet_jax.checkpoint import CheckpointFolder, Tree, check_same_shapes
 from pspnet_jax.models.layers import NoRandomNumbers
@@ -136,7 +145,7 @@ class Segmenter:
         protocol = self.protocol if name is None else windows.PROTOCOLS[name]
         return protocol if flip is None else replace(protocol, flip=flip)
 
-    def _place(self, images: RawImages | Images) -> jax.Array:
+    def _place(self, images: AnyArray) -> jax.Array:
         is_floating = jnp.issubdtype(images.dtype, jnp.floating)
         if (
             images.ndim != 4

@@ -7,7 +7,7 @@ import jupytext
 import nbclient
 import pytest
 
-BUDGET_SECONDS = 120
+BUDGET_SECONDS = 180
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "experiments/notebooks").glob("*.ipynb"))
 

@@ -13,7 +13,7 @@ from pspnet_jax.train import compose, train
 from pictures import write_split
 from tiny_config import get_config
 
-BUDGET_SECONDS = 150
+BUDGET_SECONDS = 180
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from pspnet_jax.train_step import create_train_state, make_train_step, normalize
 from networks import network
 from pictures import ExampleSource
 
-BUDGET_SECONDS = 150
+BUDGET_SECONDS = 180
 
 
 def make_batch(size=8, *, num_classes=5, side=33):

@@ -1,5 +1,7 @@
 """Checkpoints: what is kept, what is refused, what survives damage."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,6 +108,17 @@ def test_damage_is_detected_by_name(tmp_path, damage):
     with pytest.raises(CorruptCheckpointError, match="00000004"):
         folder.load(4, "model")
     folder.load(4, "optimizer")
+
+
+def test_values_that_are_read_well_but_are_not_those_written_are_refused(tmp_path):
+    """Another run's arrays in this step's folder: nothing is damaged, and all is wrong."""
+    folder, other = saved(tmp_path / "a", {4: None}), CheckpointFolder(tmp_path / "b")
+    other.save(4, parts(5), mean_iou=None)
+    other.wait()
+    shutil.rmtree(folder.folder(4) / "model")
+    shutil.copytree(other.folder(4) / "model", folder.folder(4) / "model")
+    with pytest.raises(CorruptCheckpointError, match=r"model: values differ from its digest"):
+        folder.load(4, "model")
 
 
 def test_new_step_is_verified_before_old_ones_go(tmp_path, monkeypatch):

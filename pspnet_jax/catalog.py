@@ -68,11 +68,10 @@ class LabelSet:
         unmapped = labels == _UNMAPPED
         if unmapped.any():
             found = ", ".join(map(str, np.unique(mask[unmapped])[:10]))
-            listed = sorted({raw for ids in self.raw_ids for raw in ids} | set(self.void_raw_ids))
             raise ValueError(
-                f"mask values {found} are out of range for label set '{self.name}' "
-                f"(it lists {listed[0]}..{listed[-1]}, and {IGNORE_LABEL} is void); "
-                "is data.labels the right one?"
+                f"mask values {found} are out of range for label set '{self.name}' (its classes list "
+                f"{_ranges([raw for ids in self.raw_ids for raw in ids])}, void is "
+                f"{_ranges([*self.void_raw_ids, IGNORE_LABEL])}); is data.labels the right one?"
             )
         return labels
 
@@ -122,6 +121,15 @@ def load_label_set(name_or_path: str) -> LabelSet:
     )
 
 
+def _ranges(values: list[int]) -> str:
+    """Numbers as people write them: 0..10, 12."""
+    values = sorted(set(values))
+    starts = [v for v in values if v - 1 not in values]
+    ends = [v for v in values if v + 1 not in values]
+    pairs = zip(starts, ends, strict=True)
+    return ", ".join(str(a) if a == b else f"{a}..{b}" for a, b in pairs)
+
+
 def _parse(name: str, text: str, crop_size: tuple[int, int]) -> LabelSet:
     rows = list(csv.DictReader(text.splitlines()))
     missing = [column for column in COLUMNS if not rows or column not in rows[0]]
@@ -139,7 +147,8 @@ def _parse(name: str, text: str, crop_size: tuple[int, int]) -> LabelSet:
         ids = [int(row["id"]) for row in classes]
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"label set '{name}': {error}; all but names must be whole numbers"
+            f"label set '{name}': {error}; all but names must be whole numbers, "
+            "several raw_ids separated by spaces"
         ) from None
     _check(name, ids, colors, [raw for group in (*raw_ids, void_raw_ids) for raw in group])
     return LabelSet(

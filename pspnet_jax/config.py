@@ -91,7 +91,7 @@ _FRACTION = (lambda x: 0 <= x <= 1, "within 0..1")
 _COUNT = (lambda x: x >= 1, "at least 1")
 _PAIR = (
     lambda x: len(x) == 2 and all(isinstance(v, int) and v >= 1 for v in x),
-    "two whole numbers of at least 1",
+    "two whole numbers of at least 1, e.g. 473,473",
 )
 
 

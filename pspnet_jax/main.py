@@ -213,7 +213,8 @@ def _run(verb: Verb, values: flags.FlagValues, words: list[str]) -> int:
         return _fail(1, str(error))
     except KeyboardInterrupt:
         return _fail(
-            130, "interrupted; a training goes on from its last checkpoint with the same command"
+            130,
+            "interrupted; the same command goes on from the last checkpoint, where there is one",
         )
     return 0
 

@@ -83,8 +83,8 @@ def find_images(arguments: Sequence[str]) -> list[Path]:
             raise FileNotFoundError(f"{argument}: there is no such image or folder")
     if not paths:
         raise ValueError(
-            f"no images ({', '.join(IMAGE_SUFFIXES)}) in {' '.join(arguments) or 'nothing'}; "
-            "name image files or folders"
+            f"no images ({', '.join(IMAGE_SUFFIXES)}) in {' '.join(arguments) or 'the command'}; "
+            "name image files or folders after the options"
         )
     return paths
 
@@ -101,6 +101,6 @@ def _check_targets(targets: dict[Path, dict[str, Path]], *, overwrite: bool) -> 
     existing = [file for files in targets.values() for file in files.values() if file.exists()]
     if existing and not overwrite:
         raise FileExistsError(
-            f"{existing[0]} exists ({len(existing)} results in all); "
+            f"{existing[0]} exists ({len(existing)} files in all); "
             "choose another --output or give --overwrite"
         )

@@ -194,7 +194,7 @@ def choose_step(folder: CheckpointFolder, step: str | int) -> int:
     steps = folder.steps()
     if not steps:
         raise FileNotFoundError(
-            f"{folder.path} holds no checkpoint; --checkpoint is the folder of a run (runs/<name>)"
+            f"{folder.path} holds no checkpoint; a run is loaded by its folder (runs/<name>)"
         )
     if step == "best":
         return folder.best_step()

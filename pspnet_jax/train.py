@@ -194,6 +194,7 @@ class Run:
                 raise CorruptCheckpointError(
                     f"no step of {self.checkpoints.path} can be read; move the folder away to start anew"
                 )
+            log.info("starting from step 0: %s holds no checkpoint", self.checkpoints.path)
         for step in corrupt:
             log.warning("renamed to %s", self.checkpoints.set_aside(step))
         if int(state.step) > self.config.train.num_steps:

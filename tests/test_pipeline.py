@@ -125,5 +125,14 @@ def test_open_source_knows_both_kinds(tmp_path):
     folder = open_source(
         "folder", split="val", label_set=camvid, layout="camvid", root=str(tmp_path)
     )
-    painted = open_source("scenes", split="val", label_set=camvid, layout="camvid", root=None)
+    scenes = load_label_set("scenes")
+    painted = open_source("scenes", split="val", label_set=scenes, layout="camvid", root=None)
     assert (len(folder), len(painted)) == (2, 200)
+
+
+def test_scenes_refuse_files_and_classes_that_they_would_not_use(tmp_path):
+    for name, root in (("camvid", None), ("scenes", str(tmp_path))):
+        with pytest.raises(DataError, match=r"for files on disk say --config\.data\.source=folder"):
+            open_source(
+                "scenes", split="val", label_set=load_label_set(name), layout="pairs", root=root
+            )

@@ -135,7 +135,9 @@ def test_load_names_the_steps_there_are(saved, tmp_path):
     assert load(saved, step=20).provenance.step == 20
     with pytest.raises(FileNotFoundError, match=r"step=15 is not in .* there are 10, 20, 'best'"):
         load(saved, step=15)
-    with pytest.raises(FileNotFoundError, match="holds no checkpoint; --checkpoint is the folder"):
+    with pytest.raises(
+        FileNotFoundError, match="holds no checkpoint; a run is loaded by its folder"
+    ):
         load(tmp_path)
 
 

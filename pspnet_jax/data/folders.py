@@ -151,7 +151,8 @@ def _find_folders(root: str | None, layout: str, split: str) -> tuple[Path, Path
         f"  expected  {expected}\n"
         f"  found     {_listing(root)}\n"
         f"  origin    {LAYOUTS[layout].origin}\n"
-        "Say where the data is with --config.data.root=DIR."
+        "Say where the data is with --config.data.root=DIR, and how its splits are called with "
+        "--config.data.train_split and --config.data.val_split."
     )
 
 

@@ -21,7 +21,7 @@ from absl import flags
 
 from pspnet_jax.arrays import Batch, Example
 from pspnet_jax.catalog import LabelSet
-from pspnet_jax.data.folders import FolderSource
+from pspnet_jax.data.folders import DataError, FolderSource
 from pspnet_jax.data.scenes import Scenes
 
 NUM_THREADS = 2
@@ -40,8 +40,18 @@ class Source(Protocol):
 def open_source(
     kind: str, *, split: str, label_set: LabelSet, layout: str, root: str | None
 ) -> Source:
-    """The examples of one split: `kind` 'folder' reads files, 'scenes' paints them."""
+    """The examples of one split: `kind` 'folder' reads files, 'scenes' paints them.
+
+    Raises:
+        DataError: where files or classes are named that 'scenes' would not use, or files are missing.
+    """
     if kind == "scenes":
+        if root is not None or label_set.name != "scenes":
+            raise DataError(
+                f"data.source=scenes paints its own images with the labels 'scenes' and would not use "
+                f"data.root={root!r} and data.labels={label_set.name!r}; for files on disk say "
+                "--config.data.source=folder"
+            )
         return Scenes(split)
     return FolderSource(root, layout=layout, split=split, label_set=label_set)
 

@@ -19,7 +19,7 @@ import numpy as np
 import pspnet_jax
 from pspnet_jax.arrays import IGNORE_LABEL
 from pspnet_jax.config import from_json
-from pspnet_jax.data.pipeline import open_source
+from pspnet_jax.evaluate import open_split
 from pspnet_jax.report import panel_indices, write_picture
 from pspnet_jax.visualize import colorize, grid, panel
 
@@ -44,14 +44,7 @@ def draw_class_maps(run: Path, target: Path, *, num_images: int) -> None:
     config = from_json((run / "config.json").read_text())
     segmenter = pspnet_jax.load(run)
     label_set = segmenter.label_set
-    data = config.data
-    source = open_source(
-        data.source,
-        split=config.evaluate.split,
-        label_set=label_set,
-        layout=data.layout,
-        root=data.root,
-    )
+    source = open_split(config.data, split=config.evaluate.split, label_set=label_set)
     panels = []
     for index in panel_indices(len(source))[:num_images]:
         example = source[index]

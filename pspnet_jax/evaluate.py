@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from pspnet_jax import config as config_module
 from pspnet_jax.arrays import Batch, Example, LabelMap
-from pspnet_jax.catalog import load_label_set
+from pspnet_jax.catalog import LabelSet, load_label_set
 from pspnet_jax.data.pipeline import Source, evaluation_examples, open_source
 from pspnet_jax.metrics import confusion_matrix
 from pspnet_jax.report import Evaluation, panel_indices, summary, write_report
@@ -66,6 +66,13 @@ def equal_size_batches(examples: Iterable[Example], batch_size: int) -> Iterator
         yield _stacked(waiting, batch_size)
 
 
+def open_split(data: ConfigDict, *, split: str, label_set: LabelSet) -> Source:
+    """The examples of one split, as the config's data section says."""
+    return open_source(
+        data.source, split=split, label_set=label_set, layout=data.layout, root=data.root
+    )
+
+
 def output_folder(workdir: Path, *, step: int, split: str, protocol: Protocol) -> Path:
     """Where a run keeps the report of one evaluation."""
     return workdir / "evaluation" / f"{step:08d}-{split}-{protocol.label}"
@@ -107,13 +114,7 @@ def run(
             f"'{segmenter.label_set.name}' with {segmenter.label_set.num_classes}"
         )
     split = split or config.evaluate.split or config.data.val_split
-    source = open_source(
-        config.data.source,
-        split=split,
-        label_set=label_set,
-        layout=config.data.layout,
-        root=config.data.root,
-    )
+    source = open_split(config.data, split=split, label_set=label_set)
     chosen = segmenter.choose_protocol(protocol, flip=flip)
     evaluation = evaluate(segmenter, source, protocol=chosen, batch_size=config.evaluate.batch_size)
     number = segmenter.provenance.step

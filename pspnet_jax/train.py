@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from pspnet_jax import config as config_module
 from pspnet_jax import evaluate, parallel
 from pspnet_jax.arrays import Batch
-from pspnet_jax.catalog import LabelSet, load_label_set
+from pspnet_jax.catalog import load_label_set
 from pspnet_jax.checkpoint import (
     CheckpointFolder,
     CorruptCheckpointError,
@@ -33,7 +33,7 @@ from pspnet_jax.checkpoint import (
     digest,
     flatten,
 )
-from pspnet_jax.data.pipeline import Source, open_source, training_batches
+from pspnet_jax.data.pipeline import Source, training_batches
 from pspnet_jax.data.transforms import Augmentation, RandomCrop
 from pspnet_jax.metric_writer import MetricWriter, Progress, log_to, write_whole
 from pspnet_jax.models.pspnet import FAMILIES, ModelOptions, PSPNet, check_size, is_head
@@ -277,8 +277,8 @@ def compose(config: ConfigDict, workdir: Path) -> Run:
     config.evaluate.split = config.evaluate.split or config.data.val_split
     config_module.validate(config)
 
-    source = _open(config, label_set, split=config.data.train_split)
-    validation = _open(config, label_set, split=config.evaluate.split)
+    source = evaluate.open_split(config.data, split=config.data.train_split, label_set=label_set)
+    validation = evaluate.open_split(config.data, split=config.evaluate.split, label_set=label_set)
     model = PSPNet(options, label_set.num_classes, rng=np.random.default_rng(config.seed))
     schedule, optimizer = _make_optimizer(config)
     step = make_train_step(
@@ -308,13 +308,6 @@ def compile_step(step: TrainStep, mesh: Mesh) -> TrainStep:
         donate_argnums=0,
         in_shardings=(everywhere, parallel.split_batch(mesh)),
         out_shardings=(everywhere, everywhere),
-    )
-
-
-def _open(config: ConfigDict, label_set: LabelSet, *, split: str) -> Source:
-    data = config.data
-    return open_source(
-        data.source, split=split, label_set=label_set, layout=data.layout, root=data.root
     )
 
 

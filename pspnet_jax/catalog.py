@@ -4,21 +4,28 @@
   spaces) and, optionally, group. The row with id 255 lists the raw values that are void.
 * Raw values are mapped here and nowhere else; 255 in a raw mask is void unless a class lists it, and
   another value that no row lists is an error that names it.
-* Sources: names and colors of ADE20K as in the authors' code (github.com/hszhao/semseg, MIT), of CamVid
-  as in the SegNet tutorial's palette; `scenes` is ours.
+* A mask may also be a picture in the colors of the set (the official masks of PASCAL VOC are): then the
+  color says the class, exactly or not at all.
+* Two data sets come in two encodings whose values overlap. `cityscapes` reads labelIds (road is 7),
+  `cityscapes_train_ids` the derived labelTrainIds (road is 0); `ade20k` the official masks (wall is 1,
+  0 is void), `ade20k_train_ids` masks converted for the authors' code (wall is 0, 255 is void).
+* Sources: names and colors of ADE20K, PASCAL VOC 2012 and Cityscapes as in the authors' code
+  (github.com/hszhao/semseg, MIT), raw ids of Cityscapes as in cityscapesScripts, CamVid as in the SegNet
+  tutorial's palette; `scenes` is ours.
 """
 
 import csv
 import difflib
 import importlib.resources
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int32, UInt8
 
-from pspnet_jax.arrays import IGNORE_LABEL, LabelMap
+from pspnet_jax.arrays import IGNORE_LABEL, LabelMap, RawImage
 
 COLUMNS = ("id", "name", "red", "green", "blue", "raw_ids")
 MAX_CLASSES = 254
@@ -37,6 +44,10 @@ class LabelSet:
     groups: tuple[str | None, ...]
     crop_size: tuple[int, int] = field(default=(473, 473))
     """Default training crop (height, width) in pixels."""
+    base_size: int = 512
+    """Long side in pixels to which the authors bring images for evaluation."""
+    void_colors: tuple[tuple[int, int, int], ...] = field(default=(), compare=False)
+    """Colors of void in masks that are pictures; runs from before they were kept stay resumable."""
 
     @property
     def num_classes(self) -> int:
@@ -75,6 +86,35 @@ class LabelSet:
             )
         return labels
 
+    def from_colors(self, mask: RawImage) -> LabelMap:
+        """Train ids of a mask that is a picture in the colors of this label set.
+
+        Raises:
+            ValueError: naming the colors that the label set does not list, or that it lists twice.
+        """
+        colors = (*self.colors, *self.void_colors)
+        repeated = [color for color, count in Counter(colors).items() if count > 1]
+        if repeated:
+            raise ValueError(
+                f"the mask is a picture in colors, and label set '{self.name}' has {repeated[:5]} for "
+                "several rows: give each its own color, or save masks of raw ids with one channel"
+            )
+        train_ids = np.full(len(colors), IGNORE_LABEL, np.uint8)
+        train_ids[: self.num_classes] = range(self.num_classes)
+        known, packed = _pack(np.array(colors, np.uint8)), _pack(mask)
+        order = np.argsort(known)
+        known, train_ids = known[order], train_ids[order]
+        nearest = np.searchsorted(known, packed).clip(max=len(known) - 1)
+        foreign = known[nearest] != packed
+        if foreign.any():
+            found = list(map(tuple, np.unique(mask[foreign], axis=0).tolist()))
+            raise ValueError(
+                f"the mask is a picture in colors, and {', '.join(map(str, found[:5]))} (red, green, "
+                f"blue; {len(found)} in all) are none of label set '{self.name}'; is data.labels the "
+                "right one? Masks of raw ids are saved with one channel"
+            )
+        return train_ids[nearest]
+
     def to_json(self) -> dict:
         """Plain data for checkpoints; `LabelSet.from_json` reads it back."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -87,8 +127,14 @@ class LabelSet:
         return cls(**{name: as_tuple(value) for name, value in data.items()})
 
 
-# Default training crops that differ from 473 x 473.
-_CROP_SIZES = {"camvid": (353, 353), "scenes": (129, 129)}
+_DEFAULT_SIZES = ((473, 473), 512)
+# Crop (height, width) and base size (long side) in pixels, where they differ.
+_SIZES = {
+    "camvid": ((353, 353), 512),
+    "cityscapes": ((713, 713), 2048),
+    "cityscapes_train_ids": ((713, 713), 2048),
+    "scenes": ((129, 129), 512),
+}
 
 
 def built_in_names() -> tuple[str, ...]:
@@ -106,13 +152,15 @@ def load_label_set(name_or_path: str) -> LabelSet:
     if name_or_path in built_in_names():
         resource = importlib.resources.files("pspnet_jax") / "labels" / f"{name_or_path}.csv"
         return _parse(
-            name_or_path, resource.read_text("utf-8-sig"), _CROP_SIZES.get(name_or_path, (473, 473))
+            name_or_path,
+            resource.read_text("utf-8-sig"),
+            *_SIZES.get(name_or_path, _DEFAULT_SIZES),
         )
     path = Path(name_or_path)
     if path.suffix == ".csv":
         if not path.is_file():
             raise ValueError(f"data.labels={name_or_path!r}: there is no such file")
-        return _parse(path.stem, path.read_text("utf-8-sig"), (473, 473))
+        return _parse(path.stem, path.read_text("utf-8-sig"), *_DEFAULT_SIZES)
     nearest = difflib.get_close_matches(name_or_path, built_in_names(), n=1)
     hint = f" (did you mean '{nearest[0]}'?)" if nearest else ""
     raise ValueError(
@@ -130,7 +178,13 @@ def _ranges(values: list[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}..{b}" for a, b in pairs)
 
 
-def _parse(name: str, text: str, crop_size: tuple[int, int]) -> LabelSet:
+def _pack(colors: UInt8[np.ndarray, "*shape 3"]) -> Int32[np.ndarray, "*shape"]:
+    """Each color as one number."""
+    wide = colors.astype(np.int32)
+    return (wide[..., 0] << 16) | (wide[..., 1] << 8) | wide[..., 2]
+
+
+def _parse(name: str, text: str, crop_size: tuple[int, int], base_size: int) -> LabelSet:
     rows = list(csv.DictReader(text.splitlines()))
     missing = [column for column in COLUMNS if not rows or column not in rows[0]]
     if missing:
@@ -141,7 +195,8 @@ def _parse(name: str, text: str, crop_size: tuple[int, int]) -> LabelSet:
     try:
         void = [row for row in rows if int(row["id"]) == IGNORE_LABEL]
         classes = [row for row in rows if int(row["id"]) != IGNORE_LABEL]
-        colors = tuple((int(r["red"]), int(r["green"]), int(r["blue"])) for r in classes)
+        colors = tuple(map(_color, classes))
+        void_colors = tuple(_color(row) for row in void if row["red"])
         raw_ids = tuple(tuple(map(int, row["raw_ids"].split())) for row in classes)
         void_raw_ids = tuple(raw for row in void for raw in map(int, row["raw_ids"].split()))
         ids = [int(row["id"]) for row in classes]
@@ -150,7 +205,12 @@ def _parse(name: str, text: str, crop_size: tuple[int, int]) -> LabelSet:
             f"label set '{name}': {error}; all but names must be whole numbers, "
             "several raw_ids separated by spaces"
         ) from None
-    _check(name, ids, colors, [raw for group in (*raw_ids, void_raw_ids) for raw in group])
+    _check(
+        name,
+        ids,
+        (*colors, *void_colors),
+        [raw for group in (*raw_ids, void_raw_ids) for raw in group],
+    )
     return LabelSet(
         name=name,
         names=tuple(row["name"] for row in classes),
@@ -159,7 +219,13 @@ def _parse(name: str, text: str, crop_size: tuple[int, int]) -> LabelSet:
         void_raw_ids=void_raw_ids,
         groups=tuple(row.get("group") or None for row in classes),
         crop_size=crop_size,
+        base_size=base_size,
+        void_colors=void_colors,
     )
+
+
+def _color(row: dict[str, str]) -> tuple[int, int, int]:
+    return int(row["red"]), int(row["green"]), int(row["blue"])
 
 
 def _check(name: str, ids: list[int], colors: tuple, raw_ids: list[int]) -> None:

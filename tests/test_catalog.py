@@ -1,5 +1,7 @@
 """Label sets: the built-in ones, one's own, and what is wrong with a bad one."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -14,8 +16,12 @@ HEADER = "id,name,red,green,blue,raw_ids\n"
     ("name", "num_classes", "first", "last"),
     [
         ("ade20k", 150, "wall", "flag"),
+        ("ade20k_train_ids", 150, "wall", "flag"),
         ("camvid", 11, "sky", "bicyclist"),
+        ("cityscapes", 19, "road", "bicycle"),
+        ("cityscapes_train_ids", 19, "road", "bicycle"),
         ("scenes", 12, "mist", "balloon"),
+        ("voc2012", 21, "background", "tvmonitor"),
     ],
 )
 def test_built_in(name, num_classes, first, last):
@@ -32,9 +38,86 @@ def test_ade20k_shifts_by_one_and_0_is_void():
     np.testing.assert_array_equal(load_label_set("ade20k").from_raw(mask), [[255, 0], [149, 255]])
 
 
+def test_ade20k_as_the_authors_convert_it_is_a_label_set_of_its_own():
+    ready, raw = load_label_set("ade20k_train_ids"), load_label_set("ade20k")
+    assert (ready.names, ready.colors) == (raw.names, raw.colors)
+    mask = np.array([[*range(150), 255]], np.uint8)
+    np.testing.assert_array_equal(ready.from_raw(mask), mask)
+    with pytest.raises(ValueError, match=r"mask values 150 are out of range"):
+        ready.from_raw(np.array([[150]], np.uint8))
+
+
 def test_camvid_11_is_void():
     mask = np.array([[0, 10, 11]], np.uint8)
     np.testing.assert_array_equal(load_label_set("camvid").from_raw(mask), [[0, 10, 255]])
+
+
+def test_voc2012_has_the_colors_of_its_devkit():
+    """Bit j of red, green and blue, from the top, is bit 3j, 3j + 1 and 3j + 2 of the class."""
+    label_set = load_label_set("voc2012")
+    assert label_set.colors == tuple(
+        tuple(sum((c >> 3 * j + channel & 1) << 7 - j for j in range(3)) for channel in range(3))
+        for c in range(21)
+    )
+    assert label_set.void_colors == ((224, 224, 192),)
+    raw = np.array([[0, 20, 255]], np.uint8)
+    np.testing.assert_array_equal(label_set.from_raw(raw), raw)
+
+
+def test_cityscapes_label_ids():
+    label_set = load_label_set("cityscapes")
+    ids = dict(zip(label_set.names, label_set.raw_ids, strict=True))
+    assert (ids["road"], ids["wall"], ids["pole"], ids["sky"]) == ((7,), (12,), (17,), (23,))
+    assert (ids["person"], ids["bus"], ids["train"], ids["bicycle"]) == ((24,), (28,), (31,), (33,))
+    # Each of the 34 ids once, in the order of the classes; -1 is stored as 255.
+    evaluated = [raw for raw in range(34) if raw not in label_set.void_raw_ids]
+    assert [(raw,) for raw in evaluated] == list(label_set.raw_ids)
+    raw = np.array([[*range(34), 255]], np.uint8)
+    assert (label_set.from_raw(raw) == 255).sum() == 34 - 19 + 1
+
+
+def test_cityscapes_in_train_ids_is_a_label_set_of_its_own():
+    ready, raw = load_label_set("cityscapes_train_ids"), load_label_set("cityscapes")
+    assert (ready.names, ready.colors) == (raw.names, raw.colors)
+    mask = np.array([[*range(19), 255]], np.uint8)
+    np.testing.assert_array_equal(ready.from_raw(mask), mask)
+    with pytest.raises(ValueError, match=r"values 19, 26 are out .*'cityscapes_train_ids'"):
+        ready.from_raw(np.array([[7, 19, 26]], np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("name", "crop_size", "base_size"),
+    [
+        ("ade20k", 473, 512),
+        ("camvid", 353, 512),
+        ("cityscapes", 713, 2048),
+        ("cityscapes_train_ids", 713, 2048),
+        ("voc2012", 473, 512),
+    ],
+)
+def test_default_sizes(name, crop_size, base_size):
+    label_set = load_label_set(name)
+    assert (label_set.crop_size, label_set.base_size) == ((crop_size, crop_size), base_size)
+
+
+def test_colors_say_the_class_exactly():
+    label_set = load_label_set("voc2012")
+    mask = np.array([[(0, 64, 128), (224, 224, 192)], [(0, 0, 0), (128, 0, 0)]], np.uint8)
+    np.testing.assert_array_equal(label_set.from_colors(mask), [[20, 255], [0, 1]])
+    mask[0, 0], mask[1, 1] = (0, 64, 129), (255, 255, 255)
+    with pytest.raises(
+        ValueError, match=r"\(0, 64, 129\), \(255, 255, 255\) .* 2 in all\) .*'voc2012'"
+    ):
+        label_set.from_colors(mask)
+
+
+def test_colors_of_several_rows_say_nothing(tmp_path):
+    path, mask = tmp_path / "mine.csv", np.full((1, 1, 3), 9, np.uint8)
+    path.write_text(HEADER + "0,a,9,9,9,0\n1,b,7,7,7,1\n255,void,9,9,9,5\n")
+    with pytest.raises(ValueError, match=r"'mine' has \[\(9, 9, 9\)\] for several rows"):
+        load_label_set(str(path)).from_colors(mask)
+    path.write_text(HEADER + "0,a,9,9,9,0\n1,b,7,7,7,1\n255,void,,,,5\n")  # void needs no color
+    np.testing.assert_array_equal(load_label_set(str(path)).from_colors(mask), [[0]])
 
 
 def test_raw_value_that_is_not_listed_is_named():
@@ -73,9 +156,20 @@ def test_a_class_may_list_255(tmp_path):
     np.testing.assert_array_equal(load_label_set(str(path)).from_raw(mask), [[0, 1]])
 
 
-def test_json_round_trip():
-    label_set = load_label_set("scenes")
-    assert LabelSet.from_json(label_set.to_json()) == label_set
+@pytest.mark.parametrize("name", ["cityscapes", "scenes", "voc2012"])
+def test_json_round_trip(name):
+    label_set = load_label_set(name)
+    read = LabelSet.from_json(json.loads(json.dumps(label_set.to_json())))
+    assert read == label_set
+    assert read.void_colors == label_set.void_colors
+
+
+def test_json_of_an_older_checkpoint_is_the_same_label_set():
+    """Otherwise a run that began before there were base sizes could not be resumed."""
+    label_set = load_label_set("camvid")
+    older = label_set.to_json()
+    del older["base_size"], older["void_colors"]
+    assert LabelSet.from_json(older) == label_set
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,17 @@ def default_config() -> ConfigDict:
     """All options with their defaults. Trailing comments give the unit and the constraint."""
     config = ConfigDict()
     config.name = placeholder(str)  # the run's folder is runs/<name>
+    config.init_from = placeholder(str)  # weights to start from: a run, a converted model, a file
     config.seed = 0  # of initialization, order of images, augmentation, dropout; at least 0
 
     data = config.data = ConfigDict()
     data.source = "folder"  # folder | scenes
-    data.layout = "ade20k"  # of a folder: ade20k | camvid | pairs
+    data.layout = "ade20k"  # of a folder: ade20k | camvid | cityscapes | list | pairs | voc2012
     data.root = placeholder(str)  # the folder that holds images and masks
-    data.labels = "ade20k"  # ade20k | camvid | scenes, or a CSV file id,name,red,green,blue,raw_ids
-    data.train_split = "training"  # name of a split in the layout
+    # ade20k | ade20k_train_ids | camvid | cityscapes | cityscapes_train_ids | scenes | voc2012, or a CSV
+    # file id,name,red,green,blue,raw_ids
+    data.labels = "ade20k"
+    data.train_split = "training"  # name of a split in the layout; of list: its list file
     data.val_split = "validation"
     data.crop_size = placeholder(tuple)  # (height, width), pixels, by the family's size rule
     data.num_workers = 0  # loader processes; 0 = threads of this one
@@ -79,9 +82,13 @@ def default_config() -> ConfigDict:
 
     evaluate = config.evaluate = ConfigDict()
     evaluate.split = placeholder(str)  # None = data.val_split
-    evaluate.protocol = "whole"  # whole
-    evaluate.flip = True  # average the probabilities of the image and its mirror image
-    evaluate.batch_size = 1  # images of equal size that go through together
+    evaluate.protocol = "whole"  # whole | semseg
+    evaluate.scales = placeholder(tuple)  # factors of base_size, e.g. (0.5, 1.0); semseg only
+    evaluate.flip = placeholder(bool)  # average with the probabilities of the mirror image
+    evaluate.base_size = placeholder(int)  # long side at scale 1, pixels; semseg only
+    evaluate.crop_size = placeholder(tuple)  # (height, width) of windows, pixels; semseg only
+    evaluate.stride = placeholder(tuple)  # between windows, down and across, pixels; semseg only
+    evaluate.batch_size = 1  # images of equal size (semseg: windows) that go through together
     return config.lock()
 
 
@@ -102,7 +109,7 @@ def _one_of(*values: str) -> tuple[Callable[[str], bool], str]:
 _CONSTRAINTS: dict[str, tuple[Callable, str]] = {
     "seed": _AT_LEAST_0,
     "data.source": _one_of("folder", "scenes"),
-    "data.layout": _one_of("ade20k", "camvid", "pairs"),
+    "data.layout": _one_of("ade20k", "camvid", "cityscapes", "list", "pairs", "voc2012"),
     "data.crop_size": _PAIR,
     "data.num_workers": _AT_LEAST_0,
     "augment.recipe": _one_of("semseg", "none"),
@@ -133,7 +140,14 @@ _CONSTRAINTS: dict[str, tuple[Callable, str]] = {
     "train.log_every_steps": _COUNT,
     "train.evaluate_every_steps": _COUNT,
     "train.checkpoint_every_steps": _COUNT,
-    "evaluate.protocol": _one_of("whole"),
+    "evaluate.protocol": _one_of("whole", "semseg"),
+    "evaluate.scales": (
+        lambda x: len(x) > 0 and all(v > 0 for v in x),
+        "factors above 0, e.g. 0.5,1.0",
+    ),
+    "evaluate.base_size": _COUNT,
+    "evaluate.crop_size": _PAIR,
+    "evaluate.stride": _PAIR,
     "evaluate.batch_size": _COUNT,
 }
 

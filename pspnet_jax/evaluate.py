@@ -6,8 +6,9 @@
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -29,15 +30,22 @@ log = logging.getLogger("pspnet_jax")
 def evaluate(
     segmenter: Segmenter, source: Source, *, protocol: Protocol, batch_size: int
 ) -> Evaluation:
-    """Predict every image of a source and count pixels by (true, predicted) class."""
+    """Predict every image of a source and count pixels by (true, predicted) class.
+
+    Args:
+        batch_size: images that go through together, or windows under a protocol that has them.
+    """
     label_set = segmenter.label_set
     confusion = np.zeros((label_set.num_classes,) * 2, np.int64)
     shown = set(panel_indices(len(source)))
     predictions: dict[int, LabelMap] = {}
     start = last_line = time.monotonic()
     num_done = 0
-    for batch in equal_size_batches(evaluation_examples(source), batch_size):
-        class_maps = segmenter.class_maps(batch.images, protocol=protocol)
+    num_images = 1 if protocol.slides else batch_size
+    for batch in equal_size_batches(evaluation_examples(source), num_images):
+        class_maps = segmenter.class_maps(
+            batch.images, protocol=protocol, windows_per_pass=batch_size
+        )
         for i in np.flatnonzero(batch.valid):
             truth = np.asarray(batch.labels[i])
             confusion += confusion_matrix(truth, class_maps[i], label_set.num_classes)
@@ -73,9 +81,12 @@ def open_split(data: ConfigDict, *, split: str, label_set: LabelSet) -> Source:
     )
 
 
-def output_folder(workdir: Path, *, step: int, split: str, protocol: Protocol) -> Path:
+def output_folder(
+    workdir: Path, *, step: int, split: str, protocol: Protocol, label_set: LabelSet
+) -> Path:
     """Where a run keeps the report of one evaluation."""
-    return workdir / "evaluation" / f"{step:08d}-{split}-{protocol.label}"
+    # A split may be the path of a list file.
+    return workdir / "evaluation" / f"{step:08d}-{Path(split).stem}-{protocol.label(label_set)}"
 
 
 def run(
@@ -85,10 +96,17 @@ def run(
     step: str = "best",
     split: str | None = None,
     protocol: str | None = None,
-    flip: bool | None = None,
+    protocol_options: Mapping[str, Any] | None = None,
     output: str | None = None,
 ) -> dict:
     """The verb `evaluate`: a checkpoint over a split of its own data, or of that of `config`.
+
+    Args:
+        checkpoint: folder of a run or of a converted model.
+        config: whose data section is used; None: the run's own.
+        protocol: by name; None: the checkpoint's own.
+        protocol_options: override the protocol's; None values do not.
+        output: folder of the report; None: in the run.
 
     Returns:
         The report, as written to report.json.
@@ -115,13 +133,15 @@ def run(
         )
     split = split or config.evaluate.split or config.data.val_split
     source = open_split(config.data, split=split, label_set=label_set)
-    chosen = segmenter.choose_protocol(protocol, flip=flip)
+    chosen = segmenter.choose_protocol(protocol, **(protocol_options or {}))
     evaluation = evaluate(segmenter, source, protocol=chosen, batch_size=config.evaluate.batch_size)
     number = segmenter.provenance.step
     folder = (
         Path(output)
         if output
-        else output_folder(Path(checkpoint), step=number, split=split, protocol=chosen)
+        else output_folder(
+            Path(checkpoint), step=number, split=split, protocol=chosen, label_set=label_set
+        )
     )
     contents = write_report(folder, evaluation, segmenter.provenance, source, split=split)
     log.info("%s", summary(evaluation))

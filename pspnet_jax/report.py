@@ -85,7 +85,7 @@ def report(evaluation: Evaluation, provenance: Provenance, *, split: str) -> dic
         "csail_score": _or_none(found.csail_score),
         "classes": classes,
         "groups": {name: _or_none(iou) for name, iou in evaluation.groups.items()},
-        "protocol": dataclasses.asdict(evaluation.protocol),
+        "protocol": evaluation.protocol.to_json(),
         "data": {"labels": label_set.name, "split": split, "num_images": evaluation.num_images},
         "checkpoint": dataclasses.asdict(provenance),
         "software": {"pspnet_jax": __version__, "jax": jax.__version__},
@@ -139,7 +139,7 @@ def write_picture(path: Path, picture: np.ndarray) -> None:
 
 def markdown(contents: dict) -> str:
     """The report for people."""
-    protocol = ", ".join(f"{k}={v}" for k, v in contents["protocol"].items())
+    protocol = ", ".join(f"{k}={v}" for k, v in contents["protocol"].items() if v is not None)
     data = contents["data"]
     lines = [
         f"# {data['labels']}, {data['split']}, {data['num_images']} images",
@@ -177,8 +177,9 @@ def summary(evaluation: Evaluation) -> str:
     """One line: the scores, the groups, the protocol."""
     found = evaluation.scores
     groups = "".join(f", {name} {iou:.4f}" for name, iou in evaluation.groups.items())
-    options = dataclasses.asdict(evaluation.protocol)
-    protocol = options.pop("name") + "".join(f" {k}={v}" for k, v in options.items())
+    options = evaluation.protocol.to_json()
+    protocol = options.pop("name")
+    protocol += "".join(f" {k}={v}" for k, v in options.items() if v is not None)
     return (
         f"mean IoU {found.mean_iou:.4f}, pixel accuracy {found.pixel_accuracy:.4f}{groups} "
         f"({evaluation.num_images} images in {evaluation.seconds:.1f} s; protocol {protocol})"

@@ -4,13 +4,15 @@
   describes itself.
 * Images of any size are accepted: they are padded at the bottom and right with the mean to the network's
   size rule, and the result is cropped back.
-* One compilation for each image size (and batch size); they are kept.
+* One compilation for each image size (and batch size); they are kept. Under a protocol with windows
+  there is one for all sizes.
 """
 
 import functools
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +60,7 @@ class Description:
                 "model": asdict(self.model),
                 "label_set": self.label_set.to_json(),
                 "normalization": asdict(self.normalization),
-                "protocol": asdict(self.protocol),
+                "protocol": self.protocol.to_json(),
             }
         )
 
@@ -73,7 +75,7 @@ class Description:
             model=ModelOptions.resolve(data["model"]),
             label_set=LabelSet.from_json(data["label_set"]),
             normalization=Normalization(**{k: tuple(v) for k, v in data["normalization"].items()}),
-            protocol=Protocol(**data["protocol"]),
+            protocol=Protocol.from_json(data["protocol"]),
         )
 
 
@@ -119,31 +121,103 @@ class Segmenter:
         return _logits(*self._state, self._place(images), description=self.description)
 
     def probabilities(
-        self, image: RawImage, *, protocol: str | None = None, flip: bool | None = None
+        self,
+        image: RawImage,
+        *,
+        protocol: str | None = None,
+        scales: tuple[float, ...] | None = None,
+        flip: bool | None = None,
+        base_size: int | None = None,
+        crop_size: tuple[int, int] | None = None,
+        stride: tuple[int, int] | None = None,
     ) -> Float32[jax.Array, "height width classes"]:
-        """Class probabilities of one image under a protocol (None: the checkpoint's own)."""
-        chosen = self.choose_protocol(protocol, flip=flip)
-        batch = self._place(np.asarray(image)[None])
-        return _probabilities(*self._state, batch, description=self.description, protocol=chosen)[0]
+        """Class probabilities of one image under a protocol (None: the checkpoint's own).
+
+        Args:
+            image: RGB, 0 .. 255.
+            protocol: a key of `windows.PROTOCOLS`; the other options override its own.
+            scales: factors of `base_size`.
+            flip: average with the mirror image.
+            base_size: long side at scale 1, pixels.
+            crop_size: (height, width) of windows, pixels.
+            stride: between windows, down and across, pixels.
+
+        Raises:
+            ValueError: for an unknown protocol, or an option that it does not have.
+        """
+        chosen = self.choose_protocol(
+            protocol,
+            scales=scales,
+            flip=flip,
+            base_size=base_size,
+            crop_size=crop_size,
+            stride=stride,
+        )
+        image = np.asarray(image)
+        if chosen.slides:
+            canvas = self._sliding_canvas(image, protocol=chosen, windows_per_pass=1)
+            return canvas[: image.shape[0], : image.shape[1]]
+        batch = self._place(image[None])
+        return _probabilities(*self._state, batch, description=self.description, flip=chosen.flip)[
+            0
+        ]
 
     def class_map(self, image: RawImage) -> LabelMap:
         """The most probable class of each pixel of one image, as train ids."""
         return self.class_maps(np.asarray(image)[None], protocol=self.protocol)[0]
 
     def class_maps(
-        self, images: RawImages, *, protocol: Protocol
+        self, images: RawImages, *, protocol: Protocol, windows_per_pass: int = 1
     ) -> UInt8[np.ndarray, "batch height width"]:
-        """As `class_map`, for images of equal size that go through together."""
+        """As `class_map`, for images of equal size.
+
+        Whole images go through together; under a protocol with windows, the windows of one image do,
+        `windows_per_pass` at a time.
+        """
+        if protocol.slides:
+            height, width = images.shape[1:3]
+            maps = [
+                _most_probable(
+                    self._sliding_canvas(
+                        np.asarray(image), protocol=protocol, windows_per_pass=windows_per_pass
+                    )
+                )
+                for image in images
+            ]
+            return np.stack([np.asarray(labels)[:height, :width] for labels in maps])
         batch = self._place(images)
-        maps = _class_maps(*self._state, batch, description=self.description, protocol=protocol)
+        maps = _class_maps(*self._state, batch, description=self.description, flip=protocol.flip)
         return np.asarray(maps)
 
-    def choose_protocol(self, name: str | None, *, flip: bool | None) -> Protocol:
-        """A protocol by name (None: the checkpoint's own) with what is overridden."""
-        if name is not None and name not in windows.PROTOCOLS:
-            raise ValueError(f"protocol={name!r} is not one of {', '.join(windows.PROTOCOLS)}")
-        protocol = self.protocol if name is None else windows.PROTOCOLS[name]
-        return protocol if flip is None else replace(protocol, flip=flip)
+    def choose_protocol(self, name: str | None = None, **options: Any) -> Protocol:
+        """A protocol by name (None: the checkpoint's own) with every option that is not None."""
+        if name is None or name == self.protocol.name:
+            return windows.override(self.protocol, **options)
+        return windows.override(windows.choose(name, self.label_set), **options)
+
+    def _sliding_canvas(
+        self, image: RawImage, *, protocol: Protocol, windows_per_pass: int
+    ) -> windows.Canvas:
+        # Every device gets as many windows as every other.
+        batch_size = -(windows_per_pass // -self._mesh.size) * self._mesh.size
+        first_device = self._mesh.devices.flat[0]
+
+        def probabilities_of(batch: np.ndarray) -> Probabilities:
+            found = _window_probabilities(
+                *self._state,
+                self._place(batch),
+                description=self.description,
+                flip=protocol.flip,
+            )
+            return jax.device_put(found, first_device)
+
+        return windows.sliding_probabilities(
+            probabilities_of,
+            image,
+            protocol=protocol,
+            fill=self.description.normalization.mean,
+            batch_size=batch_size,
+        )
 
     def _place(self, images: AnyArray) -> jax.Array:
         is_floating = jnp.issubdtype(images.dtype, jnp.floating)
@@ -161,6 +235,17 @@ class Segmenter:
         return jax.device_put(images, sharding)
 
 
+@dataclass(frozen=True)
+class StoredModel:
+    """The `model` part of a checkpoint, read and checked."""
+
+    description: Description
+    part: Tree
+    """With 'params' and 'batch_stats', host arrays."""
+    step: int
+    digest: str
+
+
 def load(path: str | Path, *, step: str | int = "best") -> Segmenter:
     """The network of a run folder or converted model.
 
@@ -172,6 +257,17 @@ def load(path: str | Path, *, step: str | int = "best") -> Segmenter:
         FileNotFoundError: where there is no such checkpoint, naming the steps there are.
         checkpoint.CorruptCheckpointError: where it does not hold what was written.
     """
+    stored = read_checkpoint(path, step=step)
+    return Segmenter(
+        stored.description,
+        stored.part["params"],
+        stored.part["batch_stats"],
+        provenance=Provenance(path=str(path), step=stored.step, digest=stored.digest),
+    )
+
+
+def read_checkpoint(path: str | Path, *, step: str | int) -> StoredModel:
+    """As `load`, without placing anything on devices."""
     folder = CheckpointFolder(Path(path) / "checkpoints")
     number = choose_step(folder, step)
     part = folder.load(number, "model")
@@ -180,13 +276,7 @@ def load(path: str | Path, *, step: str | int = "best") -> Segmenter:
     _, params, batch_stats = structure(description)
     wanted = {"params": params, "batch_stats": batch_stats}
     check_same_shapes({name: part[name] for name in wanted}, wanted, where=where)
-    digest = folder.record(number).digests["model"]
-    return Segmenter(
-        description,
-        part["params"],
-        part["batch_stats"],
-        provenance=Provenance(path=str(path), step=number, digest=digest),
-    )
+    return StoredModel(description, part, number, folder.record(number).digests["model"])
 
 
 def choose_step(folder: CheckpointFolder, step: str | int) -> int:
@@ -253,17 +343,32 @@ def _logits(params: Tree, batch_stats: Tree, images, *, description: Description
     )
 
 
-@functools.partial(jax.jit, static_argnames=("description", "protocol"))
+@functools.partial(jax.jit, static_argnames=("description", "flip"))
 def _probabilities(
-    params: Tree, batch_stats: Tree, images, *, description: Description, protocol: Protocol
+    params: Tree, batch_stats: Tree, images, *, description: Description, flip: bool
 ) -> Probabilities:
     logits_of = functools.partial(_logits_of, params, batch_stats, description=description)
-    return windows.probabilities(logits_of, _normalized(images, description), protocol=protocol)
+    return windows.probabilities(logits_of, _normalized(images, description), flip=flip)
 
 
-@functools.partial(jax.jit, static_argnames=("description", "protocol"))
+@functools.partial(jax.jit, static_argnames=("description", "flip"))
+def _window_probabilities(
+    params: Tree, batch_stats: Tree, crops, *, description: Description, flip: bool
+) -> Probabilities:
+    """Of crops of a resized image: RGB 0 .. 255, but no whole numbers any more."""
+    logits_of = functools.partial(_logits_of, params, batch_stats, description=description)
+    images = normalize(crops, description.normalization, dtype=jnp.float32)
+    return windows.probabilities(logits_of, images, flip=flip)
+
+
+@functools.partial(jax.jit, static_argnames=("description", "flip"))
 def _class_maps(
-    params: Tree, batch_stats: Tree, images, *, description: Description, protocol: Protocol
+    params: Tree, batch_stats: Tree, images, *, description: Description, flip: bool
 ) -> Labels:
-    scores = _probabilities(params, batch_stats, images, description=description, protocol=protocol)
+    scores = _probabilities(params, batch_stats, images, description=description, flip=flip)
     return jnp.argmax(scores, axis=-1).astype(jnp.uint8)
+
+
+@jax.jit
+def _most_probable(canvas: windows.Canvas) -> UInt8[jax.Array, "_height _width"]:
+    return jnp.argmax(canvas, axis=-1).astype(jnp.uint8)

@@ -57,8 +57,10 @@ def create_train_state(model: PSPNet, optimizer: optax.GradientTransformation) -
     )
 
 
-def normalize(images: RawImages, normalization: Normalization, *, dtype: DTypeLike) -> Images:
-    """(RGB - mean) / standard deviation of 8-bit images."""
+def normalize(
+    images: RawImages | Images, normalization: Normalization, *, dtype: DTypeLike
+) -> Images:
+    """(RGB - mean) / standard deviation of images within 0 .. 255."""
     mean, std = (
         jnp.asarray(x, dtype).reshape(1, 1, 1, 3) for x in (normalization.mean, normalization.std)
     )

@@ -8,6 +8,7 @@ import pytest
 
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.config import validate
+from pspnet_jax.data.transforms import Augmentation
 from pspnet_jax.models.pspnet import FAMILIES, ModelOptions, check_size
 
 BUDGET_SECONDS = 20
@@ -38,19 +39,59 @@ def test_docstring_holds_the_command(path):
     assert len(path.read_text().splitlines()) <= 60
 
 
-def test_ade20k_is_the_authors_recipe():
-    config = read(CONFIGS[0].parent / "ade20k.py")
+# Epochs and training images; the authors' PyTorch mIoU at one scale and at several, hours; the paper's.
+AUTHORS = {
+    ("ade20k", 50): (100, 20_210, "41.89 42.84 14_h 41.68 42.78"),
+    ("ade20k", 101): (100, 20_210, "43.10 44.15 20_h 41.96 43.29"),
+    ("voc2012", 50): (50, 10_582, "77.05 78.02 3.3_h 82.6 85.4"),
+    ("voc2012", 101): (50, 10_582, "79.07 79.63 5_h 82.6 85.4"),
+    ("cityscapes", 50): (200, 2_975, "77.30 78.38 7_h 78.4 80.2"),
+    ("cityscapes", 101): (200, 2_975, "78.63 79.29 10_h 78.4 80.2"),
+}
+
+
+def path_of(data, depth):
+    return CONFIGS[0].parent / (
+        "ade20k.py" if (data, depth) == ("ade20k", 50) else f"{data}_resnet{depth}.py"
+    )
+
+
+@pytest.mark.parametrize(("data", "depth"), AUTHORS)
+def test_it_is_the_authors_recipe(data, depth):
+    num_epochs, num_images, _ = AUTHORS[data, depth]
+    config = read(path_of(data, depth))
+    assert config.name == f"{data}_resnet{depth}"
+    assert (config.data.layout, config.data.labels) == (data, data)
     options = ModelOptions.resolve(config.model.to_dict())
     assert (options.backbone, options.stem, options.first_block_dilation) == (
-        "resnet50",
+        f"resnet{depth}",
         "deep",
         (2, 4),
     )
     assert options.pyramid_bins == (1, 2, 3, 6)
-    assert load_label_set(config.data.labels).crop_size == (473, 473)
+    label_set = load_label_set(config.data.labels)
+    crop_size = config.data.crop_size or label_set.crop_size
+    large = data == "cityscapes"
+    assert (crop_size, label_set.base_size) == (((713, 713), 2048) if large else ((473, 473), 512))
+    augment = Augmentation.resolve(config.augment.to_dict())
+    assert augment == Augmentation("semseg", 0.5, 2.0, 10.0, 0.5, 0.5, 0.5)
     optimizer, train = config.optimizer, config.train
     assert (optimizer.learning_rate, optimizer.power, optimizer.momentum) == (0.01, 0.9, 0.9)
     assert (optimizer.weight_decay, optimizer.head_multiplier) == (1e-4, 10.0)
     assert config.loss.aux_weight == 0.4
-    assert (train.global_batch_size, train.num_steps) == (16, 126_300)
-    assert train.num_steps == 100 * (20_210 // 16)
+    assert train.global_batch_size == 16
+    assert train.num_steps == num_epochs * (num_images // 16)
+    assert config.evaluate.protocol == "semseg"
+
+
+@pytest.mark.parametrize(("data", "depth"), AUTHORS)
+def test_docstring_names_the_target_and_what_it_takes(data, depth):
+    text = ast.get_docstring(ast.parse(path_of(data, depth).read_text()))
+    num_epochs, num_images, figures = AUTHORS[data, depth]
+    assert not [f for f in figures.split() if f.replace("_", " ") not in text]
+    assert "was not reproduced here" in text
+    assert "--config.data.root=DIR" in text
+    assert f"--config.init_from=initmodel/resnet{depth}_v2.pth" in text
+    assert f"{num_images:,}" in text
+    assert f"{num_epochs} epochs" in text
+    assert f"{num_epochs * (num_images // 16):,} steps" in text

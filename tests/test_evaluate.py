@@ -30,7 +30,7 @@ class Oracle(Segmenter):
         self.truths = {image.tobytes(): labels for image, labels in truths}
         self.batch_sizes = []
 
-    def class_maps(self, images, *, protocol):
+    def class_maps(self, images, *, protocol, windows_per_pass):
         self.batch_sizes.append(len(images))
         return np.stack(
             [self.truths.get(i.tobytes(), np.full(i.shape[:2], 3, np.uint8)) for i in images]
@@ -92,13 +92,21 @@ def test_report_and_pictures(tmp_path):
     assert contents["mean_iou"] == pytest.approx(result.scores.mean_iou)
     assert contents["classes"][3]["name"] == "road"
     assert set(contents["classes"][3]) == {"id", "name", "iou", "accuracy", "pixels"}
-    assert contents["protocol"] == {"name": "whole", "flip": True, "absent_class": "skip"}
+    assert contents["protocol"] == {
+        "name": "whole",
+        "flip": True,
+        "absent_class": "skip",
+        "scales": [1.0],
+        "base_size": None,
+        "crop_size": None,
+        "stride": None,
+    }
     assert contents["data"] == {"labels": "camvid", "split": "val", "num_images": 11}
     assert contents["checkpoint"] == {"path": "runs/oracle", "step": 12, "digest": "abc"}
     panels = sorted(path.name for path in (tmp_path / "panels").iterdir())
     assert panels == [f"{i:06d}.png" for i in report.panel_indices(11)] + ["overview.png"]
     text = (tmp_path / "report.md").read_text()
-    assert "Protocol: name=whole, flip=True, absent_class=skip" in text
+    assert "Protocol: name=whole, flip=True, absent_class=skip, scales=(1.0,)" in text
     assert "| 3 | road |" in text
 
 

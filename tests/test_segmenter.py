@@ -1,8 +1,11 @@
 """A network ready to use: any size of image, saved and loaded again."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
+import semseg_protocol
 
 from pspnet_jax import load
 from pspnet_jax.catalog import load_label_set
@@ -13,10 +16,11 @@ from pspnet_jax.segmenter import (
     Provenance,
     Segmenter,
     _class_maps,
+    _window_probabilities,
     model_part,
 )
 from pspnet_jax.train_step import split_model
-from pspnet_jax.windows import PROTOCOLS
+from pspnet_jax.windows import choose
 
 from networks import network, options
 from pictures import example
@@ -24,7 +28,7 @@ from pictures import example
 BUDGET_SECONDS = 90
 
 CAMVID = load_label_set("camvid")
-DESCRIPTION = Description(options(), CAMVID, IMAGENET_8BIT, PROTOCOLS["whole"])
+DESCRIPTION = Description(options(), CAMVID, IMAGENET_8BIT, choose("whole", CAMVID))
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +90,55 @@ def test_flip_can_be_switched_off(segmenter):
     assert np.abs(plain - segmenter.probabilities(image)).max() > 1e-4
 
 
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        ((20, 30), {"base_size": 30}),  # smaller than the window
+        ((33, 41), {"base_size": 41}),
+        ((70, 50), {"base_size": 70, "scales": (0.5, 1.0, 1.25)}),
+        ((50, 80), {"base_size": 64, "flip": False}),
+    ],
+    ids=str,
+)
+def test_semseg_equals_its_plain_statement(size, options):
+    _, params, batch_stats = split_model(network(CAMVID.num_classes))
+    kernel = params["head"]["classifier"]["kernel"]
+    params["head"]["classifier"]["kernel"] = 40 * kernel  # a network that is sure of itself
+    segmenter = Segmenter(DESCRIPTION, params, batch_stats, provenance=Provenance("", 0, ""))
+    image, options = example(*size).image, {"crop_size": (33, 41), **options}
+    found = np.asarray(segmenter.probabilities(image, protocol="semseg", **options))
+    expected = semseg_protocol.probabilities(
+        lambda images: np.asarray(segmenter.logits(images.astype(np.float32)), np.float64),
+        image,
+        **options,
+    )
+    assert len(np.unique(expected.argmax(-1))) > 1
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    protocol = segmenter.choose_protocol("semseg", **options)
+    labels = segmenter.class_maps(image[None], protocol=protocol, windows_per_pass=3)[0]
+    assert (labels == expected.argmax(-1)).mean() >= 0.9999
+
+
+def test_windows_compile_the_network_once_for_all_sizes(segmenter):
+    protocol = segmenter.choose_protocol("semseg", crop_size=(33, 41), base_size=64)
+    segmenter.class_maps(example(50, 80).image[None], protocol=protocol)
+    before = _window_probabilities._cache_size()
+    for size in ((80, 50), (33, 41), (10, 99)):
+        maps = segmenter.class_maps(example(*size).image[None], protocol=protocol)
+        assert maps.shape == (1, *size)
+    assert _window_probabilities._cache_size() == before
+
+
+def test_options_of_the_checkpoints_own_protocol_are_kept(segmenter):
+    semseg = segmenter.choose_protocol("semseg", scales=(0.5, 1.0), crop_size=(65, 65))
+    description = dataclasses.replace(DESCRIPTION, protocol=semseg)
+    _, params, batch_stats = split_model(network(CAMVID.num_classes))
+    own = Segmenter(description, params, batch_stats, provenance=Provenance("", 0, ""))
+    assert own.choose_protocol() == own.choose_protocol("semseg") == semseg
+    assert own.choose_protocol("semseg", flip=False) == dataclasses.replace(semseg, flip=False)
+    assert own.choose_protocol("whole") == choose("whole", CAMVID)
+
+
 def test_a_batch_over_eight_devices_equals_image_by_image(segmenter):
     images = np.stack([example(33, 41, seed=i).image for i in range(8)])
     together = np.asarray(segmenter.logits(images))
@@ -115,7 +168,7 @@ def test_what_is_no_rgb_image_is_refused(segmenter, image):
 
 
 def test_unknown_protocol(segmenter):
-    with pytest.raises(ValueError, match="protocol='hole' is not one of whole"):
+    with pytest.raises(ValueError, match="protocol='hole' is not one of whole, semseg"):
         segmenter.probabilities(example().image, protocol="hole")
 
 

@@ -48,10 +48,12 @@ IMAGENET_8BIT = Normalization(
 
 @dataclass(frozen=True)
 class Family:
-    """What one published PSPNet does: its options, its normalization, its rule for image sizes."""
+    """What one published PSPNet does: its options, normalization, protocol and rule for image sizes."""
 
     source: str
     normalization: Normalization
+    protocol: str
+    """Under which its published figures were found (a key of `windows.PROTOCOLS`)."""
     size_multiple: int
     size_remainder: int
     options: Mapping[str, Any]
@@ -65,6 +67,7 @@ FAMILIES = {
     "semseg": Family(
         source="hszhao/semseg, the authors' PyTorch code; sides of 8n + 1 make the grids coincide",
         normalization=IMAGENET_8BIT,
+        protocol="semseg",
         size_multiple=8,
         size_remainder=1,
         options={

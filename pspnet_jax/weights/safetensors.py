@@ -1,0 +1,42 @@
+"""Files in the safetensors format: arrays by name and a few strings, nothing that could be executed."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from pspnet_jax.weights.pytorch import WeightsFileError
+
+
+def is_safetensors(path: Path | str) -> bool:
+    """Whether a file begins as the format does: the length of a JSON header, then its brace."""
+    with Path(path).open("rb") as file:
+        start = file.read(9)
+    length = int.from_bytes(start[:8], "little")
+    return start[8:] == b"{" and 2 <= length <= Path(path).stat().st_size - 8
+
+
+def read(path: Path | str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Arrays by name, and the file's metadata.
+
+    Raises:
+        WeightsFileError: where it is truncated or no such file.
+    """
+    try:
+        with safe_open(path, "np") as file:
+            keys = file.keys()
+            return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
+    except (SafetensorError, OSError, TypeError, AttributeError) as error:
+        raise WeightsFileError(f"{path} cannot be read as safetensors: {error}") from None
+
+
+def write(path: Path | str, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Write arrays by name; the file appears when it is complete."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".tmp")
+    # The library writes the buffer as it lies in memory, whatever its strides.
+    save_file({k: np.asarray(v, order="C") for k, v in arrays.items()}, unfinished, dict(metadata))
+    unfinished.replace(path)

@@ -9,6 +9,7 @@
 * Trees are nested dictionaries with string keys, nothing else.
 """
 
+import functools
 import hashlib
 import logging
 import math
@@ -198,6 +199,15 @@ def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
         else:
             leaves[prefix + key] = tree[key]
     return leaves
+
+
+def unflatten(leaves: Mapping[str, Any]) -> Tree:
+    """Nested dictionaries from dotted names: `flatten` backwards."""
+    tree: Tree = {}
+    for name, leaf in leaves.items():
+        *folders, last = name.split(".")
+        functools.reduce(lambda node, key: node.setdefault(key, {}), folders, tree)[last] = leaf
+    return tree
 
 
 def check_same_shapes(stored: Tree, wanted: Tree, *, where: str) -> None:

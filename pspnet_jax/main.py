@@ -36,10 +36,23 @@ def _define_evaluate(values: flags.FlagValues, argv: list[str]) -> None:
         "split", None, "Split of the data (default: the config's).", flag_values=values
     )
     flags.DEFINE_string(
-        "protocol", None, "Protocol: whole (default: the checkpoint's).", flag_values=values
+        "protocol", None, "whole or semseg (default: the checkpoint's).", flag_values=values
+    )
+    flags.DEFINE_list(
+        "scales", None, "Factors of base_size, e.g. 0.5,0.75,1,1.25,1.5,1.75.", flag_values=values
     )
     flags.DEFINE_boolean(
         "flip", None, "Average with the mirror image (default: the protocol's).", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "base_size",
+        None,
+        "Long side at scale 1, pixels (default: label set's).",
+        flag_values=values,
+    )
+    flags.DEFINE_list("crop_size", None, "Of windows: 473 or 473,713 pixels.", flag_values=values)
+    flags.DEFINE_list(
+        "stride", None, "Between windows, pixels (default: crop_size * 2/3).", flag_values=values
     )
     flags.DEFINE_string(
         "output", None, "Folder of the report (default: in the run).", flag_values=values
@@ -71,7 +84,13 @@ def _run_evaluate(values: flags.FlagValues, words: list[str]) -> None:
         step=_value(values, "step"),
         split=_value(values, "split"),
         protocol=_value(values, "protocol"),
-        flip=_value(values, "flip"),
+        protocol_options={
+            "scales": _numbers(values, "scales", float),
+            "flip": _value(values, "flip"),
+            "base_size": _value(values, "base_size"),
+            "crop_size": _pair(values, "crop_size"),
+            "stride": _pair(values, "stride"),
+        },
         output=_value(values, "output"),
     )
 
@@ -84,6 +103,49 @@ def _run_predict(values: flags.FlagValues, words: list[str]) -> None:
         words,
         output=_required(values, "output"),
         overwrite=_value(values, "overwrite"),
+        step=_value(values, "step"),
+    )
+
+
+def _define_convert(values: flags.FlagValues, argv: list[str]) -> None:
+    flags.DEFINE_string("family", "semseg", "Whose file it is: semseg.", flag_values=values)
+    flags.DEFINE_string(
+        "labels",
+        None,
+        "Label set of its classes, e.g. ade20k (default: none, it is a backbone).",
+        flag_values=values,
+    )
+    flags.DEFINE_list(
+        "pyramid_bins", None, "Not in the file (default: the family's).", flag_values=values
+    )
+    flags.DEFINE_string("output", None, "Folder of the result.", flag_values=values)
+
+
+def _define_export(values: flags.FlagValues, argv: list[str]) -> None:
+    _define_checkpoint(values)
+    flags.DEFINE_string("format", None, "safetensors.", flag_values=values)
+    flags.DEFINE_string("output", None, "The file.", flag_values=values)
+
+
+def _run_convert(values: flags.FlagValues, words: list[str]) -> None:
+    from pspnet_jax import convert
+
+    convert.run(
+        words,
+        output=_required(values, "output"),
+        family=_value(values, "family"),
+        labels=_value(values, "labels"),
+        pyramid_bins=_numbers(values, "pyramid_bins", int),
+    )
+
+
+def _run_export(values: flags.FlagValues, words: list[str]) -> None:
+    from pspnet_jax import export
+
+    export.run(
+        _required(values, "checkpoint"),
+        format=_required(values, "format"),
+        output=_required(values, "output"),
         step=_value(values, "step"),
     )
 
@@ -108,7 +170,7 @@ VERBS = {
     ),
     "evaluate": Verb(
         "score a checkpoint on a split, with a report and pictures",
-        "pspnet evaluate --checkpoint=runs/scenes [--step=best|latest|N] [--noflip]",
+        "pspnet evaluate --checkpoint=runs/scenes [--step=best|latest|N] [--protocol=semseg] [--scales=0.5,1]",
         _define_evaluate,
         _run_evaluate,
     ),
@@ -118,6 +180,19 @@ VERBS = {
         _define_predict,
         _run_predict,
         takes_words=True,
+    ),
+    "convert": Verb(
+        "published weights into a model to evaluate, predict with or start from",
+        "pspnet convert [--family=semseg] --labels=ade20k --output=DIR WEIGHTS (no --labels: a backbone)",
+        _define_convert,
+        _run_convert,
+        takes_words=True,
+    ),
+    "export": Verb(
+        "a model's weights with published names, for other programs",
+        "pspnet export --checkpoint=DIR --format=safetensors --output=FILE",
+        _define_export,
+        _run_export,
     ),
 }
 
@@ -189,6 +264,20 @@ def _define_checkpoint(values: flags.FlagValues) -> None:
 
 def _value(values: flags.FlagValues, name: str) -> Any:
     return values[name].value
+
+
+def _numbers(values: flags.FlagValues, name: str, kind: type) -> tuple | None:
+    words = _value(values, name)
+    try:
+        return None if words is None else tuple(map(kind, words))
+    except ValueError:
+        raise flags.ValidationError(f"--{name}={','.join(words)} must be numbers") from None
+
+
+def _pair(values: flags.FlagValues, name: str) -> tuple[int, int] | None:
+    """Height and width; one number stands for both."""
+    numbers = _numbers(values, name, int)
+    return numbers * 2 if numbers is not None and len(numbers) == 1 else numbers
 
 
 def _required(values: flags.FlagValues, name: str) -> Any:

@@ -22,9 +22,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from pspnet_jax import config as config_module
-from pspnet_jax import evaluate, parallel
+from pspnet_jax import evaluate, parallel, windows
 from pspnet_jax.arrays import Batch
-from pspnet_jax.catalog import load_label_set
+from pspnet_jax.catalog import LabelSet, load_label_set
 from pspnet_jax.checkpoint import (
     CheckpointFolder,
     CorruptCheckpointError,
@@ -38,6 +38,7 @@ from pspnet_jax.data.transforms import Augmentation, RandomCrop
 from pspnet_jax.metric_writer import MetricWriter, Progress, log_to, write_whole
 from pspnet_jax.models.pspnet import FAMILIES, ModelOptions, PSPNet, check_size, is_head
 from pspnet_jax.optimizer import Schedule, poly_schedule, sgd
+from pspnet_jax.pretrained import start_from
 from pspnet_jax.report import summary, write_report
 from pspnet_jax.segmenter import Description, Provenance, Segmenter, model_part
 from pspnet_jax.train_step import (
@@ -46,7 +47,7 @@ from pspnet_jax.train_step import (
     create_train_state,
     make_train_step,
 )
-from pspnet_jax.windows import PROTOCOLS
+from pspnet_jax.windows import Protocol
 
 log = logging.getLogger("pspnet_jax")
 
@@ -134,6 +135,7 @@ class Run:
             step=step,
             split=self.config.evaluate.split,
             protocol=self.description.protocol,
+            label_set=self.description.label_set,
         )
 
     def evaluate(self, step: int, state: TrainState, progress: Progress) -> float:
@@ -195,6 +197,7 @@ class Run:
                     f"no step of {self.checkpoints.path} can be read; move the folder away to start anew"
                 )
             log.info("starting from step 0: %s holds no checkpoint", self.checkpoints.path)
+            state = self._started()
         for step in corrupt:
             log.warning("renamed to %s", self.checkpoints.set_aside(step))
         if int(state.step) > self.config.train.num_steps:
@@ -204,7 +207,26 @@ class Run:
             )
         return jax.device_put(state, parallel.replicated(self.mesh))
 
+    def _started(self) -> TrainState:
+        """The initial state, with the weights of `init_from` where that is set."""
+        state = self.initial_state
+        if self.config.init_from is None:
+            return state
+        params, batch_stats = start_from(
+            self.config.init_from,
+            state.params,
+            state.batch_stats,
+            bins=self.description.model.pyramid_bins,
+            label_set=self.description.label_set,
+        )
+        return dataclasses.replace(state, params=params, batch_stats=batch_stats)
+
     def _restored(self, step: int) -> TrainState:
+        if "optimizer" not in self.checkpoints.record(step).digests:
+            raise ValueError(
+                f"{self.checkpoints.folder(step)} is a converted model, there is no training to go on "
+                f"with: choose another --workdir and --config.init_from={self.workdir}"
+            )
         model = self.checkpoints.load(step, "model")
         optimizer = self.checkpoints.load(step, "optimizer")
         stored = Description.from_json(model["description"])
@@ -275,6 +297,7 @@ def compose(config: ConfigDict, workdir: Path) -> Run:
     config.augment.update(dataclasses.asdict(augmentation))
     config.data.crop_size = crop_size
     config.evaluate.split = config.evaluate.split or config.data.val_split
+    protocol = _choose_protocol(config, label_set)
     config_module.validate(config)
 
     source = evaluate.open_split(config.data, split=config.data.train_split, label_set=label_set)
@@ -284,7 +307,6 @@ def compose(config: ConfigDict, workdir: Path) -> Run:
     step = make_train_step(
         model, optimizer, schedule, aux_weight=config.loss.aux_weight, seed=config.seed
     )
-    protocol = dataclasses.replace(PROTOCOLS[config.evaluate.protocol], flip=config.evaluate.flip)
     log_to(workdir / "log.txt")
     return Run(
         config=config,
@@ -309,6 +331,19 @@ def compile_step(step: TrainStep, mesh: Mesh) -> TrainStep:
         in_shardings=(everywhere, parallel.split_batch(mesh)),
         out_shardings=(everywhere, everywhere),
     )
+
+
+def _choose_protocol(config: ConfigDict, label_set: LabelSet) -> Protocol:
+    """The protocol of evaluations during training; fills in what the config left open."""
+    options = config.evaluate
+    protocol = windows.choose(options.protocol, label_set)
+    if protocol.slides:
+        # Windows have the size that the network was trained on.
+        protocol = windows.override(protocol, crop_size=config.data.crop_size)
+    names = ("scales", "flip", "base_size", "crop_size", "stride")
+    protocol = windows.override(protocol, **{name: options[name] for name in names})
+    options.update({name: getattr(protocol, name) for name in names})
+    return protocol
 
 
 def _make_optimizer(config: ConfigDict) -> tuple[Schedule, optax.GradientTransformation]:

@@ -13,17 +13,27 @@ PACKAGE = Path(__file__).parent.parent / "pspnet_jax"
 
 # Imports go only to a module further up, or within one folder. Folders end with "/".
 LAYERS = [
-    ["version", "arrays", "resample", "catalog", "config", "checkpoint", "metric_writer"],
+    [
+        "version",
+        "arrays",
+        "resample",
+        "catalog",
+        "config",
+        "checkpoint",
+        "metric_writer",
+        "weights/",
+    ],
     ["data/", "models/", "losses", "optimizer", "metrics", "parallel", "visualize"],
     ["train_step", "windows"],
     ["segmenter"],
-    ["report", "evaluate", "predict"],
+    ["report", "evaluate", "predict", "pretrained", "convert", "export"],
     ["train"],
     ["main"],
     ["__init__"],
 ]
 # Within a folder, in the order of the flow.
 FOLDERS = {
+    "weights/": ["names", "pickles", "pytorch", "safetensors"],
     "data/": ["folders", "scenes", "transforms", "pipeline"],
     "models/": ["layers", "resnet", "pyramid", "pspnet"],
 }

@@ -28,7 +28,7 @@ GOLDENS = Path(__file__).parent / "goldens"
 sys.path.insert(0, str(GOLDENS))
 import make_step  # noqa: E402
 
-BUDGET_SECONDS = 180
+BUDGET_SECONDS = 480  # the slow runs; the others take a tenth
 
 CASES = make_step.CASES
 # Compiling takes nearly all of the time, and without LLVM's optimization a third less.
@@ -52,11 +52,20 @@ TOLERANCES = {
         "movements": 3e-2,
     },
 }
+# 152 layers amplify more: in float64 the rounding of the learning rate, in float32 every rounding.
+TOLERANCES_152 = {
+    "float64": TOLERANCES["float64"] | {"movements": 1e-5},
+    "float32": TOLERANCES["float32"] | {"losses": 5e-6, "gradients": 1e-3, "movements": 0.3},
+}
 RUNS = [
     ("resnet50", "float64"),
     ("resnet18", "float32"),
     pytest.param(("resnet50", "float32"), marks=pytest.mark.slow),
     pytest.param(("resnet18", "float64"), marks=pytest.mark.slow),
+    pytest.param(("resnet101", "float64"), marks=pytest.mark.slow),
+    pytest.param(("resnet101", "float32"), marks=pytest.mark.slow),
+    pytest.param(("resnet152", "float64"), marks=pytest.mark.slow),
+    pytest.param(("resnet152", "float32"), marks=pytest.mark.slow),
 ]
 
 
@@ -80,7 +89,8 @@ def run(request) -> Run:
         golden = dict(file)
     with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext():
         values = _take_two_steps(CASES[case], dtype)
-    return Run(golden, TOLERANCES[dtype], **values)
+    tolerances = TOLERANCES_152 if case == "resnet152" else TOLERANCES
+    return Run(golden, tolerances[dtype], **values)
 
 
 def _take_two_steps(case, dtype: str) -> dict:
@@ -148,7 +158,7 @@ def test_inputs_are_those_of_the_golden():
     for name, case in CASES.items():
         with np.load(GOLDENS / f"step_{name}.npz") as golden:
             np.testing.assert_allclose(
-                make_step.fingerprint(case),
+                make_step.fingerprint(case, *make_step.draw_batch(case)),
                 golden["fingerprint"],
                 rtol=1e-9,
                 err_msg="NumPy draws other numbers than it did: run tests/goldens/make_step.py",

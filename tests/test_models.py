@@ -34,9 +34,9 @@ PUBLISHED_SIZES = [
     ("resnet101", 150, 68_173_036, 65_774_678),
     ("resnet101", 21, 68_073_706, 65_708_501),
     ("resnet101", 19, 68_072_166, 65_707_475),
-    ("resnet152", 150, 83_816_684, None),
-    ("resnet152", 21, 83_717_354, None),
-    ("resnet152", 19, 83_715_814, None),
+    ("resnet152", 150, 83_816_684, 81_418_326),
+    ("resnet152", 21, 83_717_354, 81_352_149),
+    ("resnet152", 19, 83_715_814, 81_351_123),
 ]
 
 
@@ -44,8 +44,7 @@ PUBLISHED_SIZES = [
 def test_parameter_counts_of_the_authors(backbone, num_classes, total, without_aux):
     model = shapes_of(num_classes, backbone=backbone)
     assert count(nnx.state(model, nnx.Param)) == total
-    if without_aux is not None:
-        assert total - count(nnx.state(model.aux_head, nnx.Param)) == without_aux
+    assert total - count(nnx.state(model.aux_head, nnx.Param)) == without_aux
 
 
 @pytest.mark.parametrize(
@@ -68,6 +67,54 @@ def test_resnet269_has_269_layers():
     model = shapes_of(150, backbone="resnet269")
     blocks = [name for name in vars(model.backbone) if name.startswith("layer")]
     assert 3 * len(blocks) + 2 == 269
+
+
+@pytest.fixture(scope="module")
+def initial_values():
+    """Of every parameter and running statistic of the published ResNet-50, by dotted path."""
+    model = PSPNet(options(backbone="resnet50", width=64), 150, rng=np.random.default_rng(0))
+    _, *trees = split_model(model)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(value)
+        for tree in trees
+        for path, value in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def test_moments_of_initialization(initial_values):
+    """Backbone He's normal by fan_out, heads PyTorch's uniform by fan_in, norms the identity."""
+    norm = {"scale": 1, "bias": 0, "mean": 0, "variance": 1}
+    wrong = {}
+    for path, value in initial_values.items():
+        module, _, leaf = path.rpartition(".")
+        kernel = initial_values.get(f"{module}.kernel")
+        if kernel is None:
+            right = (value == norm[leaf]).all()
+        elif path.startswith("backbone."):
+            size, _, _, out_channels = kernel.shape
+            std = (2 / (size * size * out_channels)) ** 0.5
+            # A uniform distribution ends at 1.7 standard deviations.
+            right = has_moments(value, std, kurtosis=3) and np.abs(value).max() > 3 * std
+        else:
+            bound = np.prod(kernel.shape[:3]) ** -0.5
+            is_within = np.abs(value).max() <= np.float32(bound)
+            right = has_moments(value, bound / 3**0.5, kurtosis=1.8) and is_within
+        if not right:
+            wrong[path] = (value.mean(), value.std())
+    assert not wrong
+
+
+def has_moments(value: np.ndarray, std: float, *, kurtosis: float) -> bool:
+    """Whether mean and standard deviation are 0 and `std`, within five standard errors."""
+    error = std / value.size**0.5
+    spread = error * (kurtosis - 1) ** 0.5 / 2
+    return abs(value.mean()) < 5 * error and abs(value.std() - std) < 5 * spread
+
+
+def test_every_convolution_has_a_draw_of_its_own(initial_values):
+    kernels = [value for path, value in initial_values.items() if path.endswith("kernel")]
+    signs = {np.signbit(kernel.flat[:64]).tobytes() for kernel in kernels}
+    assert len(signs) == len(kernels)
 
 
 @pytest.mark.parametrize(

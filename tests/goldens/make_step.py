@@ -17,12 +17,16 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pspnet_jax.config import default_config
 from pspnet_jax.models.pspnet import ModelOptions, PSPNet
 from pspnet_jax.train_step import split_model
+
+if TYPE_CHECKING:
+    import pspnet_torch
 
 FOLDER = Path(__file__).parent
 NUM_CLASSES = 7
@@ -37,25 +41,35 @@ OPTIMIZER = {
 AUX_WEIGHT = 0.4
 
 
-@dataclass(frozen=True)
-class Case:
-    """One golden file: a network, the size of its batch, and which tensors are stored in full."""
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """A network without dropout, all else as the family has it."""
 
     backbone: str
-    stem: str
+    stem: str = "deep"
+    width: int = 8
+    num_classes: int = NUM_CLASSES
+
+    def options(self, *, dtype: str) -> ModelOptions:
+        """Of the network, resolved."""
+        section = default_config().model.to_dict()
+        section.update(
+            backbone=self.backbone, stem=self.stem, width=self.width, dropout_rate=0.0, dtype=dtype
+        )
+        return ModelOptions.resolve(section)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case(Network):
+    """One golden file: a network, the size of its batch, and which tensors are stored in full."""
+
     size: tuple[int, int]
     """(height, width) of the images, pixels."""
     params: tuple[str, ...]
     statistics: tuple[str, ...]
     batch_size: int = 3
-
-    def options(self, *, dtype: str) -> ModelOptions:
-        """Of the network: width 8, no dropout, all else as the family has it."""
-        section = default_config().model.to_dict()
-        section.update(
-            backbone=self.backbone, stem=self.stem, width=8, dropout_rate=0.0, dtype=dtype
-        )
-        return ModelOptions.resolve(section)
+    batch_draw: int = 3
+    """Number of the batch, among all that could be drawn: see `draw_batch`."""
 
 
 _HEAD_PARAMS = (
@@ -82,7 +96,6 @@ CASES = {
     # A map of 9 x 7: no bin but 1 divides both sides.
     "resnet50": Case(
         backbone="resnet50",
-        stem="deep",
         size=(65, 49),
         params=(
             "backbone.stem.conv1.kernel",
@@ -124,6 +137,50 @@ CASES = {
             *_HEAD_STATISTICS,
         ),
     ),
+    # A map of 6 x 6: every bin divides it, so that pooling is the mean of a reshape.
+    "resnet101": Case(
+        backbone="resnet101",
+        size=(41, 41),
+        batch_draw=43,
+        params=(
+            "backbone.stem.conv1.kernel",
+            "backbone.layer2_3.norm3.bias",
+            "backbone.layer3_0.shortcut.norm.scale",
+            "backbone.layer3_11.norm1.scale",
+            "backbone.layer3_22.norm3.scale",
+            "backbone.layer4_0.norm2.bias",
+            *_HEAD_PARAMS,
+        ),
+        statistics=(
+            "backbone.stem.norm2.mean",
+            "backbone.layer3_11.norm2.variance",
+            "backbone.layer3_22.norm3.mean",
+            "backbone.layer4_2.norm3.variance",
+            *_HEAD_STATISTICS,
+        ),
+    ),
+    # A map of 6 x 5: every bin divides one side, none but 1 the other.
+    "resnet152": Case(
+        backbone="resnet152",
+        size=(41, 33),
+        batch_draw=145,
+        params=(
+            "backbone.stem.conv1.kernel",
+            "backbone.layer2_7.norm3.bias",
+            "backbone.layer3_0.shortcut.norm.scale",
+            "backbone.layer3_17.norm1.scale",
+            "backbone.layer3_35.norm3.scale",
+            "backbone.layer4_0.norm2.bias",
+            *_HEAD_PARAMS,
+        ),
+        statistics=(
+            "backbone.stem.norm2.mean",
+            "backbone.layer3_17.norm2.variance",
+            "backbone.layer3_35.norm3.mean",
+            "backbone.layer4_2.norm3.variance",
+            *_HEAD_STATISTICS,
+        ),
+    ),
 }
 
 
@@ -146,9 +203,11 @@ def draw(path: str, shape: tuple[int, ...]) -> np.ndarray:
     return values * 0.25 if is_last_norm else values
 
 
-def draw_state(case: Case) -> tuple[dict, dict]:
-    """Parameters and running statistics of a case as nested dictionaries, float64."""
-    model = PSPNet(case.options(dtype="float32"), NUM_CLASSES, rng=np.random.default_rng(0))
+def draw_state(network: Network) -> tuple[dict, dict]:
+    """Parameters and running statistics of a network as nested dictionaries, float64."""
+    model = PSPNet(
+        network.options(dtype="float32"), network.num_classes, rng=np.random.default_rng(0)
+    )
     _, params, batch_stats = split_model(model)
     return _drawn(params), _drawn(batch_stats)
 
@@ -157,10 +216,11 @@ def draw_batch(case: Case) -> tuple[np.ndarray, np.ndarray]:
     """Images u8[batch, height, width, 3] and labels u8[batch, height, width], 15 % of them ignored.
 
     Coarse patches with noise, so that the images differ as wholes and the widest pyramid bin has
-    something to tell them apart by. Draw 3 is taken because none of its activations is so near
-    to 0 that rounding in float32 would carry it to the other side of a ReLU.
+    something to tell them apart by. `batch_draw` is one in which no activation is so near to 0
+    that rounding in float32 would carry it to the other side of a ReLU: among some 800,000 of
+    the deeper networks the nearest is 7e-6 of its channel's root mean square away.
     """
-    rng, (height, width) = generator(f"batch of {case.backbone} 3"), case.size
+    rng, (height, width) = generator(f"batch of {case.backbone} {case.batch_draw}"), case.size
     patches = rng.integers(0, 256, (case.batch_size, 5, 4, 3)).repeat(16, axis=1).repeat(16, axis=2)
     noise = rng.integers(-40, 41, (case.batch_size, height, width, 3))
     images = np.clip(patches[:, :height, :width] + noise, 0, 255).astype(np.uint8)
@@ -190,11 +250,28 @@ def summarize(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.array(rows)
 
 
-def fingerprint(case: Case) -> np.ndarray:
+def fingerprint(network: Network, *batch: np.ndarray) -> np.ndarray:
     """Sums over all inputs: tells a changed random stream from a changed network."""
-    params, batch_stats = draw_state(case)
+    params, batch_stats = draw_state(network)
     sums = [np.abs(array).sum() for tree in (params, batch_stats) for _, array in flatten(tree)]
-    return np.array([sum(sums), *(array.sum(dtype=np.int64) for array in draw_batch(case))])
+    return np.array([sum(sums), *(array.sum(dtype=np.int64) for array in batch)])
+
+
+def torch_network(network: Network) -> "pspnet_torch.PSPNet":
+    """The same network by PyTorch in float64, holding what `draw_state` gives."""
+    import pspnet_torch
+
+    bins = network.options(dtype="float32").pyramid_bins
+    model = pspnet_torch.PSPNet(
+        network.backbone,
+        network.num_classes,
+        width=network.width,
+        stem=network.stem,
+        bins=bins,
+        dropout_rate=0.0,
+    ).double()
+    pspnet_torch.load_parameters(model, *draw_state(network), bins=bins)
+    return model
 
 
 def run_torch(case: Case) -> dict[str, np.ndarray]:
@@ -202,12 +279,8 @@ def run_torch(case: Case) -> dict[str, np.ndarray]:
     import pspnet_torch
     import torch
 
-    bins = case.options(dtype="float32").pyramid_bins
-    model = pspnet_torch.PSPNet(
-        case.backbone, NUM_CLASSES, width=8, stem=case.stem, bins=bins, dropout_rate=0.0
-    ).double()
+    model, bins = torch_network(case), case.options(dtype="float32").pyramid_bins
     params, batch_stats = draw_state(case)
-    pspnet_torch.load_parameters(model, params, batch_stats, bins=bins)
     images, labels = map(torch.from_numpy, draw_batch(case))
     inputs = pspnet_torch.normalize(images, torch.float64)
     param_paths = [path for path, _ in flatten(params)]
@@ -242,7 +315,7 @@ def run_torch(case: Case) -> dict[str, np.ndarray]:
     after = collect(param_paths, dict(model.named_parameters()))
     movements = {path: after[path] - before for path, before in flatten(params)}
     return {
-        "fingerprint": fingerprint(case),
+        "fingerprint": fingerprint(case, *draw_batch(case)),
         "logits": logits[:, ::LOGITS_EVERY, ::LOGITS_EVERY].astype(np.float32),
         "losses": np.array(first_losses),
         **_stored("gradient", gradients, case.params),

@@ -20,7 +20,7 @@ from pspnet_jax.models.resnet import DEPTHS
 from pspnet_jax.pretrained import FORMAT, read_file, recognize
 from pspnet_jax.segmenter import Description, model_part, structure
 from pspnet_jax.weights import names, safetensors
-from pspnet_jax.weights.names import BACKBONE, MisfitError, Shape, Table, Weights
+from pspnet_jax.weights.names import BACKBONE, MisfitError, Shape, Weights
 from pspnet_jax.windows import choose
 
 _BLOCK = re.compile(r"backbone\.layer(\d+)_(\d+)\.(.+)")
@@ -80,13 +80,12 @@ def run(
         return _convert_backbone(files[0], weights, Path(output))
     if not any(path.startswith("pyramid.") for path in weights.arrays) and pyramid_bins is None:
         bins = ()  # the authors' use_ppm=False
-    return _convert_network(files[0], weights, table, family, bins, labels, Path(output))
+    return _convert_network(files[0], weights, family, bins, labels, Path(output))
 
 
 def _convert_network(
     file: str,
     weights: Weights,
-    table: Table,
     family: str,
     bins: tuple[int, ...],
     labels: str,
@@ -106,7 +105,7 @@ def _convert_network(
         choose(FAMILIES[family].protocol, label_set),
     )
     _, params, batch_stats = structure(description)
-    fit = names.fit(weights, _shapes(params, batch_stats), where=file, table=table)
+    fit = names.fit(weights, _shapes(params, batch_stats), where=file)
     loaded = {
         part: unflatten({path: fit.loaded[path] for path in flatten(tree)})
         for part, tree in (("params", params), ("batch_stats", batch_stats))
@@ -140,7 +139,7 @@ def _convert_backbone(file: str, weights: Weights, output: Path) -> Path:
         for path, shape in _shapes(params, batch_stats).items()
         if path.startswith("backbone.")
     }
-    fit = names.fit(weights, wanted, where=file, table=BACKBONE)
+    fit = names.fit(weights, wanted, where=file)
     target = output / f"{options.backbone}.safetensors"
     if target.exists():
         raise FileExistsError(f"{target} exists; choose another --output")

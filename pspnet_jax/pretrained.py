@@ -55,20 +55,21 @@ def recognize(keys: Iterable[str], *, bins: Sequence[int], where: str) -> Table:
     )
 
 
-def read_weights(path: Path | str, *, bins: Sequence[int]) -> Weights:
-    """The weights of a run, a converted model or a file, by our paths.
+def read_weights(path: Path | str, *, bins: Sequence[int]) -> tuple[Weights, LabelSet | None]:
+    """The weights of a run, a converted model or a file, by our paths, and their label set if it is known.
 
     Args:
         path: folder or file.
         bins: of the pyramid, because published files only number its levels.
     """
     if Path(path).is_dir():
-        part = read_checkpoint(path, step="best").part
-        return _ours(flatten(part["params"]) | flatten(part["batch_stats"]))
+        stored = read_checkpoint(path, step="best")
+        arrays = flatten(stored.part["params"]) | flatten(stored.part["batch_stats"])
+        return _ours(arrays), stored.description.label_set
     arrays, metadata = read_file(path)
     if metadata.get("format") == FORMAT:
-        return _ours(arrays)
-    return names.rename(arrays, recognize(arrays, bins=bins, where=str(path)))
+        return _ours(arrays), None
+    return names.rename(arrays, recognize(arrays, bins=bins, where=str(path))), None
 
 
 def start_from(
@@ -76,7 +77,7 @@ def start_from(
 ) -> tuple[Tree, Tree]:
     """Parameters and statistics of a new network with all that a file or folder has for it.
 
-    Backbones leave the heads as they are; another number of classes leaves the classifiers.
+    Backbones leave the heads as they are; other classes leave the classifiers.
 
     Returns:
         New trees.
@@ -84,7 +85,8 @@ def start_from(
     Raises:
         MisfitError: for anything else that does not fit, listing it all.
     """
-    weights = read_weights(path, bins=bins)
+    weights, stored_set = read_weights(path, bins=bins)
+    same_classes = stored_set is None or stored_set.names == label_set.names
     fresh = flatten(params) | flatten(batch_stats)
     fit = names.fit(
         weights,
@@ -92,12 +94,13 @@ def start_from(
         where=path,
         may_be_missing=names.HEADS if weights.is_backbone else None,
         may_differ=names.CLASSIFIER,
+        must_differ=None if same_classes else names.CLASSIFIER,
     )
     log.info("init_from=%s", path)
     log.info("  loaded          %s", _listed(list(fit.loaded), of=len(fresh)))
     log.info("  re-initialized  %s", _listed(fit.reinitialized, of=len(fresh)))
     log.info("  left out        %s", _listed(fit.left_out))
-    _explain_classifier(fit.reinitialized, weights, label_set)
+    _explain_classifier(fit.reinitialized, weights, stored_set, label_set)
     merged = unflatten({name: fit.loaded.get(name, array) for name, array in fresh.items()})
     return _like(params, merged), _like(batch_stats, merged)
 
@@ -107,13 +110,17 @@ def _ours(arrays: Mapping[str, np.ndarray]) -> Weights:
 
 
 def _explain_classifier(
-    reinitialized: Sequence[str], weights: Weights, label_set: LabelSet
+    reinitialized: Sequence[str],
+    weights: Weights,
+    stored_set: LabelSet | None,
+    label_set: LabelSet,
 ) -> None:
     bias = "head.classifier.bias"
     if bias in reinitialized and bias in weights.arrays:
         log.info(
-            "  the classifiers start anew: %d classes there, %d of '%s' here",
+            "  the classifiers start anew: %d classes%s there, %d of '%s' here",
             weights.arrays[bias].size,
+            f" of '{stored_set.name}'" if stored_set else "",
             label_set.num_classes,
             label_set.name,
         )

@@ -104,7 +104,7 @@ FITTING = {
 
 
 def fitted(source, **options):
-    return fit(rename(source, SEMSEG), WANTED, where="file.pth", table=SEMSEG, **options)
+    return fit(rename(source, SEMSEG), WANTED, where="file.pth", **options)
 
 
 def test_everything_fits():

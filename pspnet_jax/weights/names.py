@@ -167,6 +167,17 @@ class Weights:
     """Keys that no row knows."""
     left_out: tuple[str, ...] = ()
     """Keys that are known to have no place here; without the counters of norms."""
+    table: Table | None = None
+    """That gave the paths; None where the file has our own."""
+
+    def key_of(self, path: str) -> str:
+        """How the file calls a path, or would."""
+        if path in self.keys or self.table is None:
+            return self.keys.get(path, path)
+        try:
+            return self.table.to_theirs(path)[0]
+        except MisfitError:  # a backbone's table knows no heads
+            return path
 
     @property
     def is_backbone(self) -> bool:
@@ -204,7 +215,7 @@ def rename(source: Mapping[str, np.ndarray], table: Table) -> Weights:
         is_kernel = kind == CONV and path.endswith("kernel") and array.ndim == 4
         arrays[path] = array.transpose(2, 3, 1, 0) if is_kernel else array
         keys[path] = key
-    return Weights(arrays, keys, tuple(unknown), tuple(left_out))
+    return Weights(arrays, keys, tuple(unknown), tuple(left_out), table)
 
 
 def publish(arrays: Mapping[str, np.ndarray], table: Table, *, steps: int) -> dict[str, np.ndarray]:
@@ -228,9 +239,9 @@ def fit(
     wanted: Mapping[str, Shape],
     *,
     where: str,
-    table: Table | None = None,
     may_be_missing: str | None = None,
     may_differ: str | None = None,
+    must_differ: str | None = None,
 ) -> Fit:
     """Bring weights and a network together; everything must fit but what is excused by a pattern.
 
@@ -238,29 +249,27 @@ def fit(
         weights: by our paths.
         wanted: path -> shape of every parameter and statistic of the network.
         where: the file's name, for messages.
-        table: to name missing keys as the file would.
         may_be_missing: pattern of paths that keep their initial values where the file lacks them.
         may_differ: pattern of paths that keep them where the file's have another shape.
+        must_differ: pattern of paths that keep them whatever the file has.
 
     Raises:
         MisfitError: listing every key that is missing, unknown, left over, of another shape or not
             finite, and the likely cause.
     """
-    loaded, reinitialized, faults = {}, [], _Faults(where)
+    loaded, reinitialized, faults = {}, [], _Faults()
     for path, shape in wanted.items():
-        key = weights.keys.get(path) or _published_name(path, table)
+        key = weights.key_of(path)
         array = weights.arrays.get(path)
-        if array is None:
-            if may_be_missing and re.fullmatch(may_be_missing, path):
-                reinitialized.append(path)
-            else:
-                faults.missing[key] = shape
+        if _matches(must_differ, path) or (array is None and _matches(may_be_missing, path)):
+            reinitialized.append(path)
+        elif array is None:
+            faults.missing[key] = shape
+        elif array.shape != shape and _matches(may_differ, path):
+            reinitialized.append(path)
         elif array.shape != shape:
-            if may_differ and re.fullmatch(may_differ, path):
-                reinitialized.append(path)
-            else:
-                faults.shapes[key] = (array.shape, shape)
-        elif not _is_finite(array):
+            faults.shapes[key] = (array.shape, shape)
+        elif not np.isfinite(array).all():
             faults.values.append(key)
         else:
             loaded[path] = array
@@ -268,7 +277,9 @@ def fit(
         *weights.unknown,
         *(weights.keys[p] for p in weights.arrays if p not in wanted),
     ]
-    faults.raise_if_any()
+    faults.stems = (_stem(weights.arrays), _stem(wanted))
+    if message := faults.message():
+        raise MisfitError(f"{where} does not fit:\n  {message}")
     differing = [weights.keys[path] for path in reinitialized if path in weights.keys]
     return Fit(
         {path: np.array(array, np.float32, order="C") for path, array in loaded.items()},
@@ -277,28 +288,27 @@ def fit(
     )
 
 
-def _published_name(path: str, table: Table | None) -> str:
-    try:
-        return table.to_theirs(path)[0] if table else path
-    except MisfitError:
-        return path
+def _matches(pattern: str | None, path: str) -> bool:
+    return pattern is not None and re.fullmatch(pattern, path) is not None
 
 
-def _is_finite(array: np.ndarray) -> bool:
-    return bool(np.isfinite(array).all())
+def _stem(paths: Iterable[str]) -> str:
+    return "deep" if any(path.startswith("backbone.stem.conv2") for path in paths) else "7x7"
 
 
 class _Faults:
-    """Everything that does not fit, for one message."""
+    """Everything that does not fit, for one message. All but the stems by the file's keys."""
 
-    def __init__(self, where: str):
-        self.where = where
+    def __init__(self):
         self.missing: dict[str, Shape] = {}
         self.extra: list[str] = []
         self.shapes: dict[str, tuple[Shape, Shape]] = {}
         self.values: list[str] = []
+        self.stems: tuple[str, str] = ("", "")
+        """In the file, in the network."""
 
-    def raise_if_any(self) -> None:
+    def message(self) -> str:
+        """One line each, then the likely causes; nothing where all fits."""
         lines = [f"{key} is missing" for key in self.missing]
         lines += [f"{key} is not known" for key in self.extra]
         lines += [
@@ -306,15 +316,20 @@ class _Faults:
             for key, (have, want) in self.shapes.items()
         ]
         lines += [f"{key} holds values that are not finite" for key in self.values]
-        if not lines:
-            return
         more = len(lines) - _NUM_SHOWN
-        shown = lines[:_NUM_SHOWN] + ([f"... and {more} more"] if more > 0 else [])
         causes = [f"likely cause: {cause}" for cause in self.causes()]
-        raise MisfitError("\n  ".join([f"{self.where} does not fit:", *shown, *causes]))
+        shown = lines[:_NUM_SHOWN] + ([f"... and {more} more"] if more > 0 else [])
+        return "\n  ".join(shown + causes)
 
     def causes(self) -> Iterable[str]:
         """What most often lies behind such faults, the most telling first."""
+        have, want = self.stems
+        if have != want and (self.shapes or self.missing or self.extra):
+            yield (
+                f"the file's stem is {have}, the network's {want}: torchvision's ResNets have 7x7, the "
+                f"authors' ImageNet files deep; --config.model.stem={have} takes this file"
+            )
+            return
         if self.missing and self.extra:
             for key in list(self.missing)[:3]:
                 nearest = difflib.get_close_matches(key, self.extra, n=1, cutoff=0.8)
@@ -325,6 +340,8 @@ class _Faults:
                 yield f"{key} is transposed"
         if any(key.startswith("fc.") for key in self.extra):
             yield "the file is a backbone trained on ImageNet (it has fc.*), not a whole PSPNet"
+        elif len(self.shapes) > _NUM_SHOWN:
+            yield "the file has another width, or other blocks"
         elif self.extra and not self.missing and not self.shapes:
             yield "the file has more than this network: another depth, bins or family"
         elif len(self.missing) > len(self.shapes) and not self.extra:

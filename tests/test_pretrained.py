@@ -1,0 +1,158 @@
+"""`init_from`: what is loaded, re-initialized and left out, and what is refused."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_convert import FILE, backbone_arrays, write
+
+from pspnet_jax import convert
+from pspnet_jax.catalog import load_label_set
+from pspnet_jax.checkpoint import CheckpointFolder, flatten
+from pspnet_jax.models.pspnet import IMAGENET_8BIT
+from pspnet_jax.pretrained import start_from
+from pspnet_jax.segmenter import Description, model_part
+from pspnet_jax.train import compose, train
+from pspnet_jax.train_step import split_model
+from pspnet_jax.weights import safetensors
+from pspnet_jax.weights.names import MisfitError
+from pspnet_jax.windows import choose
+
+from networks import network, options
+from pictures import write_split
+from tiny_config import get_config
+
+BUDGET_SECONDS = 120
+
+CAMVID, VOC = load_label_set("camvid"), load_label_set("voc2012")
+TINY = {"backbone": "resnet50", "width": 2}
+
+
+def start(path, *, label_set=CAMVID, **overrides):
+    """Leaves before and after, and the network's number of leaves."""
+    model = network(label_set.num_classes, seed=5, **(TINY | overrides))
+    _, params, batch_stats = split_model(model)
+    bins = model.options.pyramid_bins
+    new = start_from(str(path), params, batch_stats, bins=bins, label_set=label_set)
+    return [flatten(p) | flatten(s) for p, s in ((params, batch_stats), new)]
+
+
+def changed(before, after):
+    assert before.keys() == after.keys()
+    return {name for name in before if not np.array_equal(before[name], after[name])}
+
+
+@pytest.fixture(autouse=True)
+def shown(caplog):
+    caplog.set_level(logging.INFO, "pspnet_jax")
+    return caplog
+
+
+def test_a_published_network_is_loaded_whole(shown):
+    before, after = start(FILE)
+    assert len(changed(before, after)) == len(before) == 309
+    assert "loaded          309 of 309" in shown.text
+    assert "re-initialized  0 of 309" in shown.text
+
+
+def test_a_converted_model_gives_the_same(tmp_path):
+    folder = convert.run([str(FILE)], labels="camvid", output=str(tmp_path / "model"))
+    assert not changed(start(folder)[1], start(FILE)[1])
+
+
+def test_another_number_of_classes_leaves_the_classifiers(shown):
+    before, after = start(FILE, label_set=VOC)
+    kept = {f"{h}.classifier.{x}" for h in ("head", "aux_head") for x in ("bias", "kernel")}
+    assert before.keys() - changed(before, after) == kept
+    assert "re-initialized  4 of 309: " in shown.text
+    assert "left out        4: " in shown.text
+    assert "classifiers start anew: 11 classes there, 21 of 'voc2012' here" in shown.text
+
+
+def test_other_classes_of_the_same_number_leave_them_too(tmp_path, shown):
+    other = load_label_set("camvid")
+    object.__setattr__(other, "names", tuple(reversed(other.names)))
+    object.__setattr__(other, "name", "mine")
+    description = Description(options(**TINY), other, IMAGENET_8BIT, choose("whole", other))
+    _, params, batch_stats = split_model(network(11, **TINY))
+    with CheckpointFolder(tmp_path / "checkpoints") as folder:
+        folder.save(3, {"model": model_part(description, params, batch_stats)}, mean_iou=None)
+    before, after = start(tmp_path)
+    assert "head.classifier.bias" not in changed(before, after)
+    assert "11 classes of 'mine' there, 11 of 'camvid' here" in shown.text
+
+
+@pytest.mark.parametrize("is_converted", [False, True])
+def test_a_backbone_leaves_the_heads(is_converted, tmp_path, shown):
+    path = write(tmp_path / "resnet50_v2.safetensors", backbone_arrays())
+    if is_converted:
+        path = convert.run([path], output=str(tmp_path / "backbone"))
+    before, after = start(path)
+    assert changed(before, after) == {name for name in before if name.startswith("backbone.")}
+    assert "loaded          275 of 309: backbone.*" in shown.text
+    assert "re-initialized  34 of 309: aux_head.*, head.*, pyramid.*" in shown.text
+    left_out = "0" if is_converted else "2: fc.bias, fc.weight"
+    assert f"left out        {left_out}" in shown.text
+
+
+def test_the_stem_of_torchvision_does_not_fit_the_deep_one(tmp_path):
+    path = write(tmp_path / "resnet50.safetensors", backbone_arrays(stem="7x7", old=True))
+    with pytest.raises(
+        MisfitError, match=r"stem is 7x7, the network's deep.* --config.model.stem=7x7"
+    ):
+        start(path)
+    before, after = start(path, stem="7x7")
+    assert len(changed(before, after)) == 265
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"backbone": "resnet101"}, r"layer3.10.conv1.weight is missing"),
+        ({"width": 4}, r"aux.1.bias is \[8\], the network has \[16\](.|\n)*another width"),
+        ({"pyramid_bins": ()}, r"ppm.features.0.1.weight is not known"),
+    ],
+)
+def test_another_network_is_refused_by_name(overrides, message):
+    with pytest.raises(MisfitError, match=message):
+        start(FILE, **overrides)
+
+
+def test_a_head_that_misses_a_key_is_no_backbone(tmp_path):
+    from test_convert import published
+
+    arrays = published()
+    del arrays["cls.1.weight"]
+    with pytest.raises(MisfitError, match=r"cls.1.weight is missing"):
+        start(write(tmp_path / "w.safetensors", arrays))
+
+
+def test_a_missing_file_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no such file"):
+        start(tmp_path / "nowhere.pth")
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        start(tmp_path)
+
+
+def test_a_run_starts_from_weights_and_resumes_without_them(tmp_path, shown):
+    write_split(tmp_path, "train", 2)
+    write_split(tmp_path, "val", 1)
+    _, params, batch_stats = split_model(network(11, seed=9))
+    weights = tmp_path / "weights.safetensors"
+    arrays = {k: np.asarray(v) for k, v in (flatten(params) | flatten(batch_stats)).items()}
+    safetensors.write(weights, arrays, {"format": "pspnet_jax"})
+    config = get_config()
+    config.data.root = str(tmp_path)
+    config.init_from = str(weights)
+    config.train.num_steps = 1
+    state = compose(config, tmp_path / "run").resume_or_start()
+    np.testing.assert_array_equal(
+        flatten(state.params)["head.conv.kernel"], arrays["head.conv.kernel"]
+    )
+    assert int(state.step) == 0
+    train(config, tmp_path / "run")
+    weights.unlink()
+    assert int(compose(config, tmp_path / "run").resume_or_start().step) == 1
+    assert f'"init_from": "{weights}"' in (tmp_path / "run/config.json").read_text()
+    assert Path(tmp_path / "run/log.txt").read_text().count("init_from=") == 2

@@ -1,0 +1,218 @@
+"""Our PSPNet beside the authors' own code: logits of converted files, probabilities of their test script.
+
+    git clone https://github.com/hszhao/semseg
+    python experiments/compare_semseg.py --semseg=semseg --images PHOTO... --output=runs/compare_semseg
+
+in an environment with this package, torch and pillow (their code imports it). For each depth a network of
+their module with random weights and statistics is saved by PyTorch in both layouts, converted here, and
+compared on noise of a square, a wide and a tall size. Then their `scale_process` runs beside our protocol
+`semseg` on the photographs, every second one turned on its side.
+
+So that their code runs: tensors stay on the CPU, and OpenCV 5 is given at most four channels to resize.
+"""
+
+import argparse
+import collections
+import importlib.util
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import cv2
+import numpy as np
+import torch
+from torch import nn
+
+import pspnet_jax
+from pspnet_jax import convert
+from pspnet_jax.data.folders import read_image
+from pspnet_jax.metric_writer import log_to
+
+DEPTHS = {50: "ade20k", 101: "voc2012", 152: "cityscapes"}
+CLASSES = {"ade20k": 150, "voc2012": 21, "cityscapes": 19}
+SIZES = ((97, 97), (49, 121), (129, 65))
+# Crop, base size, scales: photographs take turns.
+PROTOCOLS = (
+    (473, 512, (1.0,)),
+    (473, 512, (0.5, 1.25)),
+    (185, 300, (1.0, 0.5)),
+    (233, 120, (1.0,)),
+)
+MEAN = [255 * x for x in (0.485, 0.456, 0.406)]
+STD = [255 * x for x in (0.229, 0.224, 0.225)]
+
+
+def main() -> None:
+    """Print and write what was found."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--semseg", required=True, help="checkout of github.com/hszhao/semseg")
+    parser.add_argument("--images", nargs="*", default=[], help="photographs")
+    parser.add_argument("--output", default="runs/compare_semseg")
+    arguments = parser.parse_args()
+    log_to(None)
+    output = Path(arguments.output)
+    output.mkdir(parents=True, exist_ok=True)
+    sys.path.insert(0, arguments.semseg)
+    _make_it_run()
+    rows = list(compare_logits(output))
+    if arguments.images:
+        script = _load_script(Path(arguments.semseg) / "tool" / "test.py")
+        rows += compare_protocol(script, arguments.images, output)
+    (output / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def compare_logits(output: Path) -> Iterator[dict]:
+    """Both layouts, three sizes, each depth: largest difference over the largest logit."""
+    shutil.rmtree(output / "converted", ignore_errors=True)
+    for depth, labels in DEPTHS.items():
+        model = random_network(depth, CLASSES[labels])
+        for is_zip in (True, False):
+            name = f"psp{depth}_{'zip' if is_zip else 'legacy'}"
+            file = save(model, output / f"{name}.pth", is_zip=is_zip)
+            ours = pspnet_jax.load(_convert(file, labels, output / "converted" / name))
+            for size in SIZES:
+                image = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
+                theirs = logits(model, image)
+                found = np.asarray(ours.logits(image[None])[0])
+                row = {
+                    "depth": depth,
+                    "layout": "zip" if is_zip else "legacy",
+                    "size": size,
+                    "relative_difference": float(
+                        np.abs(found - theirs).max() / np.abs(theirs).max()
+                    ),
+                }
+                print(row, flush=True)
+                yield row
+
+
+def compare_protocol(script: ModuleType, paths: list[str], output: Path) -> Iterator[dict]:
+    """Each photograph as it is and turned on its side, by their function and by ours."""
+    model = random_network(50, 150)
+    make_decided(model)
+    file = save(model, output / "decided.pth", is_zip=True)
+    ours = pspnet_jax.load(_convert(file, "ade20k", output / "converted" / "decided"))
+    for i, path in enumerate(paths):
+        crop, base_size, scales = PROTOCOLS[i % len(PROTOCOLS)]
+        image = read_image(path)
+        if i % 2:
+            image = np.ascontiguousarray(image.swapaxes(0, 1))
+        theirs = their_probabilities(script, model, image, crop, base_size, scales)
+        found = np.asarray(
+            ours.probabilities(
+                image, protocol="semseg", crop_size=(crop, crop), base_size=base_size, scales=scales
+            )
+        )
+        row = {
+            "image": Path(path).name,
+            "size": image.shape[:2],
+            "crop": crop,
+            "base_size": base_size,
+            "scales": scales,
+            "classes": len(np.unique(theirs.argmax(-1))),
+            "largest_difference": float(np.abs(found - theirs).max()),
+            "equal_pixels": float((found.argmax(-1) == theirs.argmax(-1)).mean()),
+        }
+        print(row, flush=True)
+        yield row
+
+
+def random_network(depth: int, num_classes: int) -> nn.Module:
+    """Their module with random weights and statistics."""
+    from model.pspnet import PSPNet  # pyrefly: ignore
+
+    torch.manual_seed(depth)
+    model = PSPNet(layers=depth, classes=num_classes, pretrained=False)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1.0)
+            nn.init.normal_(module.bias, std=0.1)
+    return model.eval()
+
+
+def make_decided(model: nn.Module) -> None:
+    """Scale the classifier so that classes win by pixels: random networks are nearly constant."""
+    image = np.random.default_rng(1).integers(0, 256, (97, 97, 3)).astype(np.uint8)
+    found = logits(model, image)
+    factor = 3 / found.std((0, 1)).mean()
+    with torch.no_grad():
+        bias = model.cls[4].bias
+        constant = torch.from_numpy(found.mean((0, 1))) - bias
+        model.cls[4].weight.mul_(factor)
+        bias.copy_(-constant * factor)
+
+
+def save(model: nn.Module, path: Path, *, is_zip: bool) -> Path:
+    """As their training script does, under DataParallel and beside an optimizer."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    state = collections.OrderedDict((f"module.{k}", v) for k, v in model.state_dict().items())
+    checkpoint = {"epoch": 100, "state_dict": state, "optimizer": optimizer.state_dict()}
+    torch.save(checkpoint, path, _use_new_zipfile_serialization=is_zip)
+    return path
+
+
+def logits(model: nn.Module, image: np.ndarray) -> np.ndarray:
+    """Of their module, [height, width, classes]."""
+    normalized = ((image - np.array(MEAN)) / np.array(STD)).astype(np.float32)
+    with torch.no_grad():
+        found = model(torch.from_numpy(normalized.transpose(2, 0, 1)[None]))
+    return found[0].numpy().transpose(1, 2, 0)
+
+
+def their_probabilities(
+    script: ModuleType,
+    model: nn.Module,
+    image: np.ndarray,
+    crop: int,
+    base_size: int,
+    scales: tuple[float, ...],
+) -> np.ndarray:
+    """The mean over scales of their `scale_process`, on sizes by their rule."""
+    height, width = image.shape[:2]
+    total = np.zeros((height, width, 150))
+    for scale in scales:
+        long_side = round(scale * base_size)
+        if height > width:
+            size = (round(long_side / float(height) * width), long_side)
+        else:
+            size = (long_side, round(long_side / float(width) * height))
+        scaled = cv2.resize(np.float32(image), size, interpolation=cv2.INTER_LINEAR)
+        total += script.scale_process(model, scaled, 150, crop, crop, height, width, MEAN, STD)
+    return total / len(scales)
+
+
+def _convert(file: Path, labels: str, output: Path) -> Path:
+    return convert.run([str(file)], labels=labels, output=str(output))
+
+
+def _load_script(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("semseg_test", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _make_it_run() -> None:
+    collections.Iterable = collections.abc.Iterable  # gone since Python 3.10
+    torch.Tensor.cuda = lambda self, *_, **__: self
+    resize = cv2.resize
+
+    def resize_each(image, size, interpolation):
+        if image.ndim == 2 or image.shape[2] <= 4:
+            return resize(image, size, interpolation=interpolation)
+        channels = np.moveaxis(image, 2, 0)
+        resized = [resize(c.copy(), size, interpolation=interpolation) for c in channels]
+        return np.stack(resized, axis=-1)
+
+    cv2.resize = resize_each
+
+
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,8 @@
 
 in an environment with this package, torch and pillow (their code imports it). For each depth a network of
 their module with random weights and statistics is saved by PyTorch in both layouts, converted here, and
-compared on noise of a square, a wide and a tall size. Then their `scale_process` runs beside our protocol
+compared on noise of a square, a wide and a tall size; what `export` makes of it is loaded into their module, strictly,
+and must be equal to the bit. Then their `scale_process` runs beside our protocol
 `semseg` on the photographs, every second one turned on its side.
 
 So that their code runs: tensors stay on the CPU, and OpenCV 5 is given at most four channels to resize.
@@ -23,11 +24,12 @@ from types import ModuleType
 
 import cv2
 import numpy as np
+import safetensors.torch
 import torch
 from torch import nn
 
 import pspnet_jax
-from pspnet_jax import convert
+from pspnet_jax import convert, export
 from pspnet_jax.data.folders import read_image
 from pspnet_jax.metric_writer import log_to
 
@@ -87,6 +89,19 @@ def compare_logits(output: Path) -> Iterator[dict]:
                 }
                 print(row, flush=True)
                 yield row
+        check_export(model, output / "converted" / name, depth, labels)
+
+
+def check_export(model: nn.Module, converted: Path, depth: int, labels: str) -> None:
+    """Raise where what we export does not load into their module, or differs."""
+    file = export.run(str(converted), format="safetensors", output=f"{converted}.safetensors")
+    fresh = random_network(depth, CLASSES[labels])
+    fresh.load_state_dict({key: torch.zeros_like(x) for key, x in fresh.state_dict().items()})
+    fresh.load_state_dict(safetensors.torch.load_file(file), strict=True)
+    for key, value in model.state_dict().items():
+        if not torch.equal(fresh.state_dict()[key], value):
+            raise AssertionError(f"{key} of {file} differs")
+    print(f"{file}: loads into their PSPNet-{depth}, equal to the bit", flush=True)
 
 
 def compare_protocol(script: ModuleType, paths: list[str], output: Path) -> Iterator[dict]:

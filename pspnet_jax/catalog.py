@@ -42,9 +42,9 @@ class LabelSet:
     raw_ids: tuple[tuple[int, ...], ...]
     void_raw_ids: tuple[int, ...]
     groups: tuple[str | None, ...]
-    crop_size: tuple[int, int] = field(default=(473, 473))
-    """Default training crop (height, width) in pixels."""
-    base_size: int = 512
+    crop_size: tuple[int, int] = field(default=(473, 473), compare=False)
+    """Crop (height, width) in pixels: the default of training; in a checkpoint, that of its training."""
+    base_size: int = field(default=512, compare=False)
     """Long side in pixels to which the authors bring images for evaluation."""
     void_colors: tuple[tuple[int, int, int], ...] = field(default=(), compare=False)
     """Colors of void in masks that are pictures; runs from before they were kept stay resumable."""

@@ -19,7 +19,7 @@ def default_config() -> ConfigDict:
     """All options with their defaults. Trailing comments give the unit and the constraint."""
     config = ConfigDict()
     config.name = placeholder(str)  # the run's folder is runs/<name>
-    config.init_from = placeholder(str)  # weights to start from: a run, a converted model, a file
+    config.init_from = placeholder(str)  # weights at step 0: of a run, a converted model, a file
     config.seed = 0  # of initialization, order of images, augmentation, dropout; at least 0
 
     data = config.data = ConfigDict()
@@ -86,7 +86,7 @@ def default_config() -> ConfigDict:
     evaluate.scales = placeholder(tuple)  # factors of base_size, e.g. (0.5, 1.0); semseg only
     evaluate.flip = placeholder(bool)  # average with the probabilities of the mirror image
     evaluate.base_size = placeholder(int)  # long side at scale 1, pixels; semseg only
-    evaluate.crop_size = placeholder(tuple)  # (height, width) of windows, pixels; semseg only
+    evaluate.crop_size = placeholder(tuple)  # (height, width) of windows; None = data.crop_size
     evaluate.stride = placeholder(tuple)  # between windows, down and across, pixels; semseg only
     evaluate.batch_size = 1  # images of equal size (semseg: windows) that go through together
     return config.lock()
@@ -142,8 +142,8 @@ _CONSTRAINTS: dict[str, tuple[Callable, str]] = {
     "train.checkpoint_every_steps": _COUNT,
     "evaluate.protocol": _one_of("whole", "semseg"),
     "evaluate.scales": (
-        lambda x: len(x) > 0 and all(v > 0 for v in x),
-        "factors above 0, e.g. 0.5,1.0",
+        lambda x: len(x) > 0 and all(0 < v <= 100 for v in x),
+        "factors above 0, at most 100, e.g. '(0.5,1.0)'",
     ),
     "evaluate.base_size": _COUNT,
     "evaluate.crop_size": _PAIR,

@@ -6,25 +6,31 @@
 """
 
 import collections
+import json
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flax import nnx
+
+from pspnet_jax import windows
 from pspnet_jax.catalog import LabelSet, load_label_set
 from pspnet_jax.checkpoint import CheckpointFolder, flatten, unflatten
 from pspnet_jax.config import default_config
-from pspnet_jax.models.pspnet import FAMILIES, ModelOptions
+from pspnet_jax.models.layers import NoRandomNumbers
+from pspnet_jax.models.pspnet import FAMILIES, ModelOptions, PSPNet
 from pspnet_jax.models.resnet import DEPTHS
 from pspnet_jax.pretrained import FORMAT, read_file, recognize
 from pspnet_jax.segmenter import Description, model_part, structure
+from pspnet_jax.train_step import split_model
 from pspnet_jax.weights import names, safetensors
-from pspnet_jax.weights.names import BACKBONE, MisfitError, Shape, Weights
-from pspnet_jax.windows import choose
+from pspnet_jax.weights.fit import Shape, fit
+from pspnet_jax.weights.names import BACKBONE, MisfitError, Weights
 
 _BLOCK = re.compile(r"backbone\.layer(\d+)_(\d+)\.(.+)")
-_PLANES = re.compile(r"(conv|norm)[12]\.\w+")
 
 log = logging.getLogger("pspnet_jax")
 
@@ -60,56 +66,49 @@ def run(
             f"family '{family}' is converted from one file, {len(files)} were given: "
             f"{' '.join(files) or 'name it after the options'}"
         )
-    bins = FAMILIES[family].options["pyramid_bins"] if pyramid_bins is None else pyramid_bins
     arrays, metadata = read_file(files[0])
     if metadata.get("format") == FORMAT:
         raise ValueError(f"{files[0]} is converted already: use it with --config.init_from")
-    table = recognize(arrays, bins=bins, where=files[0])
+    if pyramid_bins is None and "pyramid_bins" in metadata:  # a file that `export` wrote
+        pyramid_bins = tuple(json.loads(metadata["pyramid_bins"]))
+    usual = FAMILIES[family].options["pyramid_bins"]
+    table = recognize(arrays, bins=usual if pyramid_bins is None else pyramid_bins, where=files[0])
     if labels is None and table is not BACKBONE:
         raise ValueError(
             f"{files[0]} is a whole network ({table.source}): say which classes it has, "
             "e.g. --labels=ade20k"
         )
-    if labels is not None and table is BACKBONE:
+    if table is BACKBONE and (labels, pyramid_bins) != (None, None):
         raise ValueError(
-            f"{files[0]} is a backbone without heads, it has no classes: convert it without --labels, "
-            "or start a training from it with --config.init_from"
+            f"{files[0]} is a backbone without heads, it has no classes and no pyramid: convert it "
+            "without --labels and --pyramid_bins, or start a training from it with --config.init_from"
         )
     weights = names.rename(arrays, table)
+    options = infer_options(weights, family=family, bins=pyramid_bins, where=files[0])
     if labels is None:
-        return _convert_backbone(files[0], weights, Path(output))
-    if not any(path.startswith("pyramid.") for path in weights.arrays) and pyramid_bins is None:
-        bins = ()  # the authors' use_ppm=False
-    return _convert_network(files[0], weights, family, bins, labels, Path(output))
+        return _convert_backbone(files[0], weights, options, Path(output))
+    return _convert_network(files[0], weights, options, load_label_set(labels), Path(output))
 
 
 def _convert_network(
-    file: str,
-    weights: Weights,
-    family: str,
-    bins: tuple[int, ...],
-    labels: str,
-    output: Path,
+    file: str, weights: Weights, options: ModelOptions, label_set: LabelSet, output: Path
 ) -> Path:
     checkpoints = CheckpointFolder(output / "checkpoints")
     if checkpoints.steps() or (output / "config.json").exists():
         raise FileExistsError(f"{output} holds a model already; choose another --output")
-    label_set = load_label_set(labels)
-    shapes = {path: array.shape for path, array in weights.arrays.items()}
-    options = infer_options(shapes, family=family, bins=bins)
-    _check_classes(shapes, label_set, file)
-    description = Description(
-        options,
-        label_set,
-        FAMILIES[family].normalization,
-        choose(FAMILIES[family].protocol, label_set),
-    )
+    _check_classes(weights, label_set, file)
+    family = FAMILIES[options.family]
+    protocol = windows.choose(family.protocol, label_set)
+    description = Description(options, label_set, family.normalization, protocol)
     _, params, batch_stats = structure(description)
-    fit = names.fit(weights, _shapes(params, batch_stats), where=file)
+    shapes = {path: tuple(x.shape) for path, x in (flatten(params) | flatten(batch_stats)).items()}
+    _check_amount(weights, shapes, options, file)
+    found = fit(weights, shapes, where=file)
     loaded = {
-        part: unflatten({path: fit.loaded[path] for path in flatten(tree)})
+        part: unflatten({path: found.loaded[path] for path in flatten(tree)})
         for part, tree in (("params", params), ("batch_stats", batch_stats))
     }
+    output.mkdir(parents=True, exist_ok=True)
     with checkpoints:
         checkpoints.save(0, {"model": model_part(description, **loaded)}, mean_iou=None)
     log.info(
@@ -121,45 +120,39 @@ def _convert_network(
         options.pyramid_bins,
         label_set.num_classes,
         label_set.name,
-        description.protocol.name,
+        protocol.name,
     )
-    log.info("%d tensors -> %s", len(fit.loaded), output)
+    log.info("%d tensors -> %s", len(found.loaded), output)
     return output
 
 
-def _convert_backbone(file: str, weights: Weights, output: Path) -> Path:
-    shapes = {path: array.shape for path, array in weights.arrays.items()}
-    options = infer_options(shapes, family="semseg", bins=())
-    label_set = load_label_set("ade20k")  # its classifier is not looked at
-    family = FAMILIES[options.family]
-    description = Description(options, label_set, family.normalization, choose("whole", label_set))
-    _, params, batch_stats = structure(description)
-    wanted = {
-        path: shape
-        for path, shape in _shapes(params, batch_stats).items()
-        if path.startswith("backbone.")
-    }
-    fit = names.fit(weights, wanted, where=file)
+def _convert_backbone(file: str, weights: Weights, options: ModelOptions, output: Path) -> Path:
     target = output / f"{options.backbone}.safetensors"
     if target.exists():
         raise FileExistsError(f"{target} exists; choose another --output")
+    model = nnx.eval_shape(lambda: PSPNet(options, 2, rng=NoRandomNumbers()))
+    _, params, batch_stats = split_model(model)
+    leaves = flatten(params) | flatten(batch_stats)
+    shapes = {p: tuple(x.shape) for p, x in leaves.items() if p.startswith("backbone.")}
+    _check_amount(weights, shapes, options, file)
+    found = fit(weights, shapes, where=file)
     metadata = {"format": FORMAT, "backbone": options.backbone, "stem": options.stem}
-    safetensors.write(target, fit.loaded, metadata)
+    safetensors.write(target, found.loaded, metadata)
     log.info(
         "%s: %s, width %d, stem %s; %d tensors -> %s; left out: %s",
         file,
         options.backbone,
         options.width,
         options.stem,
-        len(fit.loaded),
+        len(found.loaded),
         target,
-        ", ".join(fit.left_out) or "nothing",
+        ", ".join(found.left_out) or "nothing",
     )
     return target
 
 
 def infer_options(
-    shapes: Mapping[str, Shape], *, family: str, bins: tuple[int, ...]
+    weights: Weights, *, family: str, bins: tuple[int, ...] | None, where: str
 ) -> ModelOptions:
     """The options of the network that has (nearly) these parameters.
 
@@ -167,24 +160,35 @@ def infer_options(
     are fitted to the network.
 
     Args:
-        shapes: of arrays by our paths and in our layout.
-        bins: of the pyramid.
+        weights: by our paths and in our layout.
+        bins: of the pyramid; None: the family's, or none where the head sees no pyramid.
+        where: the file's name, for messages.
 
     Raises:
         MisfitError: where there is no residual network in it.
     """
+    shapes = {path: array.shape for path, array in weights.arrays.items()}
     blocks = {m.groups() for m in map(_BLOCK.fullmatch, shapes) if m}
-    if not blocks:
-        raise MisfitError("the file holds no residual blocks (layer1.0.conv1.weight, ...)")
+    width = _width(shapes)
+    if not blocks or width is None:
+        unknown = ", ".join(map(names.printable, weights.unknown[:5]))
+        raise MisfitError(
+            f"{where} holds no residual blocks (layer1.0.conv1.weight, ...)"
+            + (f"; keys that are not known: {unknown}" if unknown else "")
+        )
     section: dict[str, Any] = {**default_config().model.to_dict(), "family": family}
-    section["backbone"] = _depth(blocks)
-    section["width"] = _width(shapes)
-    section["stem"] = (
-        "deep" if any(re.match(r"backbone\.stem\.\w+[23]\.", p) for p in shapes) else "7x7"
-    )
+    section["backbone"], section["width"] = _depth(blocks), width
+    stem_is_deep = any(re.match(r"backbone\.stem\.\w+[23]\.", path) for path in shapes)
+    section["stem"] = "deep" if stem_is_deep else "7x7"
+    has_levels = any(path.startswith("pyramid.") for path in shapes)
+    channels = 8 * width * DEPTHS[section["backbone"]][0].expansion
+    head = shapes.get("head.conv.kernel", ())
+    if bins is None and not has_levels and len(head) == 4 and head[2] == channels:
+        bins = ()  # the authors' use_ppm=False
     section["pyramid_bins"] = bins
     # Unreduced levels are the pooled maps themselves: nothing of them is in a file.
-    section["pyramid_reduction"] = not bins or any(p.startswith("pyramid.") for p in shapes)
+    unreduced = bins and not has_levels and len(head) == 4 and head[2] == channels * (1 + len(bins))
+    section["pyramid_reduction"] = not unreduced
     return ModelOptions.resolve(section)
 
 
@@ -203,27 +207,42 @@ def _depth(blocks: set[tuple[str, ...]]) -> str:
     )
 
 
-def _width(shapes: Mapping[str, Shape]) -> int:
-    """Planes of the first stage, as most layers of the blocks say."""
+def _width(shapes: Mapping[str, Shape]) -> int | None:
+    """Planes of the first stage, as most convolutions of the blocks say; None where there are none."""
     votes: collections.Counter[int] = collections.Counter()
     for path, shape in shapes.items():
         match = _BLOCK.fullmatch(path)
-        if match and _PLANES.fullmatch(match[3]) and shape:
+        if (
+            match
+            and match[3] in ("conv1.kernel", "conv2.kernel")
+            and len(shape) == 4
+            and all(shape)
+        ):
             votes[shape[-1] // 2 ** (int(match[1]) - 1)] += 1
-    return votes.most_common(1)[0][0]
+    return max(votes.most_common(1)[0][0], 1) if votes else None
 
 
-def _check_classes(shapes: Mapping[str, Shape], label_set: LabelSet, file: str) -> None:
-    found = {
-        shapes[p][-1] for p in ("head.classifier.bias", "aux_head.classifier.bias") if p in shapes
-    }
-    if found and label_set.num_classes not in found:
+def _check_amount(
+    weights: Weights, shapes: Mapping[str, Shape], options: ModelOptions, file: str
+) -> None:
+    """Refuse a file that only claims to be large, before memory is taken for what it claims."""
+    held = sum(array.size for array in weights.arrays.values())
+    claimed = sum(math.prod(shape) for shape in shapes.values())
+    if claimed > 4 * held:
         raise MisfitError(
-            f"{file} has {found.pop()} classes, label set '{label_set.name}' has "
-            f"{label_set.num_classes}: choose the --labels it was trained on"
+            f"{file} has the names of {options.backbone} of width {options.width}, {claimed:,} values, but "
+            f"holds {held:,}: it is damaged or no such network"
         )
 
 
-def _shapes(params: dict, batch_stats: dict) -> dict[str, Shape]:
-    leaves = flatten(params) | flatten(batch_stats)
-    return {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+def _check_classes(weights: Weights, label_set: LabelSet, file: str) -> None:
+    counts = {
+        weights.arrays[path].size
+        for path in ("head.classifier.bias", "aux_head.classifier.bias")
+        if path in weights.arrays
+    }
+    if counts and label_set.num_classes not in counts:
+        raise MisfitError(
+            f"{file} has {'/'.join(map(str, sorted(counts)))} classes, label set '{label_set.name}' has "
+            f"{label_set.num_classes}: choose the --labels it was trained on"
+        )

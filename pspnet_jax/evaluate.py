@@ -85,8 +85,8 @@ def output_folder(
     workdir: Path, *, step: int, split: str, protocol: Protocol, label_set: LabelSet
 ) -> Path:
     """Where a run keeps the report of one evaluation."""
-    # A split may be the path of a list file.
-    return workdir / "evaluation" / f"{step:08d}-{Path(split).stem}-{protocol.label(label_set)}"
+    name = split.removesuffix(".txt").replace("/", "_")  # a split may be the path of a list file
+    return workdir / "evaluation" / f"{step:08d}-{name}-{protocol.label(label_set)}"
 
 
 def run(
@@ -103,7 +103,8 @@ def run(
 
     Args:
         checkpoint: folder of a run or of a converted model.
-        config: whose data section is used; None: the run's own.
+        config: where the data is; None: the run's own. Of its section `evaluate` only split and
+            batch_size are used, the protocol is the checkpoint's or the arguments'.
         protocol: by name; None: the checkpoint's own.
         protocol_options: override the protocol's; None values do not.
         output: folder of the report; None: in the run.
@@ -115,32 +116,27 @@ def run(
         ValueError: where there is no data section, or its label set is not the checkpoint's.
     """
     segmenter = load(checkpoint, step=step)
-    run_config = Path(checkpoint) / "config.json"
-    if config is None and not run_config.is_file():
-        raise ValueError(
-            f"{checkpoint} has no config.json: say where the data is with --config=FILE"
-        )
-    if config is None:
-        config = config_module.from_json(run_config.read_text())
-        label_set = segmenter.label_set
-    else:
-        label_set = load_label_set(config.data.labels)
-    if label_set.names != segmenter.label_set.names:
-        raise ValueError(
-            f"data.labels={config.data.labels} has {label_set.num_classes} classes "
-            f"({', '.join(label_set.names[:3])}, ...), the checkpoint was trained on "
-            f"'{segmenter.label_set.name}' with {segmenter.label_set.num_classes}"
-        )
+    config, label_set = _find_data(checkpoint, config, segmenter.label_set)
     split = split or config.evaluate.split or config.data.val_split
     source = open_split(config.data, split=split, label_set=label_set)
     chosen = segmenter.choose_protocol(protocol, **(protocol_options or {}))
+    if protocol is None and config.evaluate.protocol != chosen.name:
+        log.info(
+            "the checkpoint's protocol is %s; the config's is used with --protocol=%s",
+            chosen.name,
+            config.evaluate.protocol,
+        )
     evaluation = evaluate(segmenter, source, protocol=chosen, batch_size=config.evaluate.batch_size)
     number = segmenter.provenance.step
     folder = (
         Path(output)
         if output
         else output_folder(
-            Path(checkpoint), step=number, split=split, protocol=chosen, label_set=label_set
+            Path(checkpoint),
+            step=number,
+            split=split,
+            protocol=chosen,
+            label_set=segmenter.label_set,
         )
     )
     contents = write_report(folder, evaluation, segmenter.provenance, source, split=split)
@@ -148,6 +144,29 @@ def run(
     log.info("%s", folder / "report.md")
     log.info("%s", folder / "panels" / "overview.png")
     return contents
+
+
+def _find_data(
+    checkpoint: str, config: ConfigDict | None, stored_set: LabelSet
+) -> tuple[ConfigDict, LabelSet]:
+    """The config whose data is evaluated on, and how its masks are read."""
+    if config is not None:
+        config_module.validate(config)
+        label_set = load_label_set(config.data.labels)
+    else:
+        run_config = Path(checkpoint) / "config.json"
+        if not run_config.is_file():
+            raise ValueError(
+                f"{checkpoint} has no config.json: say where the data is with --config=FILE"
+            )
+        config, label_set = config_module.from_json(run_config.read_text()), stored_set
+    if label_set.names != stored_set.names:
+        raise ValueError(
+            f"data.labels={config.data.labels} has {label_set.num_classes} classes "
+            f"({', '.join(label_set.names[:3])}, ...), the checkpoint was trained on "
+            f"'{stored_set.name}' with {stored_set.num_classes}"
+        )
+    return config, label_set
 
 
 def _stacked(examples: list[Example], batch_size: int) -> Batch:

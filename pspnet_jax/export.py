@@ -1,5 +1,6 @@
 """Export: a model trained or converted here -> a file with published names and layout."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -39,7 +40,12 @@ def run(checkpoint: str, *, format: str, output: str, step: str = "best") -> Pat
     published = names.publish(
         {path: np.asarray(array) for path, array in arrays.items()}, table, steps=stored.step
     )
-    metadata = {"format": "pt", "family": options.family, "backbone": options.backbone}
+    metadata = {
+        "format": "pt",
+        "family": options.family,
+        "backbone": options.backbone,
+        "pyramid_bins": json.dumps(options.pyramid_bins),  # the names only number the levels
+    }
     safetensors.write(target, published, metadata)
     log.info("%d tensors with the names of %s -> %s", len(published), table.source, target)
     return target

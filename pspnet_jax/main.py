@@ -296,7 +296,7 @@ def _run(verb: Verb, values: flags.FlagValues, words: list[str]) -> int:
         verb.run(values, words)
     except flags.ValidationError as error:
         return _fail(2, f"{error}\n\nusage: {verb.usage}")
-    except (ValueError, FileNotFoundError, FileExistsError, CorruptCheckpointError) as error:
+    except (ValueError, OSError, CorruptCheckpointError) as error:
         # The place in the code is for log.txt; whoever typed the command needs the sentence.
         log.debug("stopped by", exc_info=True)
         return _fail(1, str(error))

@@ -15,7 +15,8 @@ from pspnet_jax.catalog import LabelSet
 from pspnet_jax.checkpoint import Tree, flatten, unflatten
 from pspnet_jax.segmenter import read_checkpoint
 from pspnet_jax.weights import names, pytorch, safetensors
-from pspnet_jax.weights.names import BACKBONE, Table, Weights
+from pspnet_jax.weights.fit import CLASSIFIER, HEADS, fit
+from pspnet_jax.weights.names import BACKBONE, MisfitError, Table, Weights
 from pspnet_jax.weights.pytorch import WeightsFileError
 
 FORMAT = "pspnet_jax"
@@ -25,18 +26,25 @@ log = logging.getLogger("pspnet_jax")
 
 
 def read_file(path: Path | str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Arrays of a PyTorch or safetensors file by the names that it gives them, and its metadata.
+    """Arrays of a PyTorch or safetensors file by name, and its metadata; without 'module.' before all names.
 
     Raises:
         FileNotFoundError: where there is no such file.
         WeightsFileError: where it cannot be read, saying why.
+        MisfitError: where some names have the prefix and some do not.
     """
     path = Path(path)
+    if path.is_dir():
+        raise WeightsFileError(f"{path} is a folder; a file of weights is wanted")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
-    if safetensors.is_safetensors(path):
-        return safetensors.read(path)
-    return pytorch.read(path), {}
+    arrays, metadata = (
+        safetensors.read(path) if safetensors.is_safetensors(path) else (pytorch.read(path), {})
+    )
+    try:
+        return names.without_prefix(arrays), metadata
+    except MisfitError as error:
+        raise MisfitError(f"{path}: {error}") from None
 
 
 def recognize(keys: Iterable[str], *, bins: Sequence[int], where: str) -> Table:
@@ -45,13 +53,14 @@ def recognize(keys: Iterable[str], *, bins: Sequence[int], where: str) -> Table:
     Raises:
         WeightsFileError: where none does, with some of the names.
     """
-    keys = [key.removeprefix("module.") for key in keys]
+    keys = list(keys)
     if any(key.startswith(("layer0.", "ppm.", "cls.")) for key in keys):
         return names.TABLES["semseg"](bins)
     if any(key.startswith("layer1.") for key in keys):
         return BACKBONE
     raise WeightsFileError(
-        f"{where} holds names of no network that is known here: {', '.join(keys[:5])}, ..."
+        f"{where} holds names of no network that is known here: "
+        f"{', '.join(map(names.printable, keys[:5]))}, ..."
     )
 
 
@@ -64,6 +73,7 @@ def read_weights(path: Path | str, *, bins: Sequence[int]) -> tuple[Weights, Lab
     """
     if Path(path).is_dir():
         stored = read_checkpoint(path, step="best")
+        log.info("%s: step %d", path, stored.step)
         arrays = flatten(stored.part["params"]) | flatten(stored.part["batch_stats"])
         return _ours(arrays), stored.description.label_set
     arrays, metadata = read_file(path)
@@ -86,22 +96,25 @@ def start_from(
         MisfitError: for anything else that does not fit, listing it all.
     """
     weights, stored_set = read_weights(path, bins=bins)
-    same_classes = stored_set is None or stored_set.names == label_set.names
     fresh = flatten(params) | flatten(batch_stats)
-    fit = names.fit(
+    starts_anew = None
+    if weights.is_backbone:
+        starts_anew = HEADS
+    elif other := _other_classes(weights, stored_set, label_set):
+        starts_anew = CLASSIFIER
+    found = fit(
         weights,
         {name: tuple(array.shape) for name, array in fresh.items()},
         where=path,
-        may_be_missing=names.HEADS if weights.is_backbone else None,
-        may_differ=names.CLASSIFIER,
-        must_differ=None if same_classes else names.CLASSIFIER,
+        starts_anew=starts_anew,
     )
     log.info("init_from=%s", path)
-    log.info("  loaded          %s", _listed(list(fit.loaded), of=len(fresh)))
-    log.info("  re-initialized  %s", _listed(fit.reinitialized, of=len(fresh)))
-    log.info("  left out        %s", _listed(fit.left_out))
-    _explain_classifier(fit.reinitialized, weights, stored_set, label_set)
-    merged = unflatten({name: fit.loaded.get(name, array) for name, array in fresh.items()})
+    log.info("  loaded          %s", _listed(list(found.loaded), of=len(fresh)))
+    log.info("  re-initialized  %s", _listed(found.reinitialized, of=len(fresh)))
+    log.info("  left out        %s", _listed(found.left_out))
+    if starts_anew == CLASSIFIER:
+        log.info("  the classifiers start anew: %s", other)
+    merged = unflatten({name: found.loaded.get(name, array) for name, array in fresh.items()})
     return _like(params, merged), _like(batch_stats, merged)
 
 
@@ -109,21 +122,24 @@ def _ours(arrays: Mapping[str, np.ndarray]) -> Weights:
     return Weights(arrays, {path: path for path in arrays})
 
 
-def _explain_classifier(
-    reinitialized: Sequence[str],
-    weights: Weights,
-    stored_set: LabelSet | None,
-    label_set: LabelSet,
-) -> None:
-    bias = "head.classifier.bias"
-    if bias in reinitialized and bias in weights.arrays:
-        log.info(
-            "  the classifiers start anew: %d classes%s there, %d of '%s' here",
-            weights.arrays[bias].size,
-            f" of '{stored_set.name}'" if stored_set else "",
-            label_set.num_classes,
-            label_set.name,
-        )
+def _other_classes(
+    weights: Weights, stored_set: LabelSet | None, label_set: LabelSet
+) -> str | None:
+    """How the classes of the weights differ from those of the network; None where they do not.
+
+    Files know no names: theirs are the same where their number is.
+    """
+    counts = {
+        weights.arrays[bias].size
+        for bias in ("head.classifier.bias", "aux_head.classifier.bias")
+        if bias in weights.arrays
+    }
+    same_number = not counts or label_set.num_classes in counts
+    if same_number and (stored_set is None or stored_set.names == label_set.names):
+        return None
+    there = "/".join(map(str, sorted(counts))) + " classes"
+    there += f" of '{stored_set.name}'" if stored_set else ""
+    return f"{there} there, {label_set.num_classes} of '{label_set.name}' here"
 
 
 def _like(tree: Tree, merged: Tree) -> Tree:
@@ -138,6 +154,7 @@ def _listed(found: Sequence[str], *, of: int | None = None) -> str:
     """A count and names; many names are given by the modules that they lie in."""
     total = "" if of is None else f" of {of}"
     if len(found) <= 8:
-        return f"{len(found)}{total}" + (f": {', '.join(found)}" if found else "")
+        shown = ", ".join(map(names.printable, found))
+        return f"{len(found)}{total}" + (f": {shown}" if found else "")
     modules = dict.fromkeys(name.split(".")[0] for name in found)
     return f"{len(found)}{total}: {', '.join(f'{module}.*' for module in modules)}"

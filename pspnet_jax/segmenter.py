@@ -154,6 +154,7 @@ class Segmenter:
             stride=stride,
         )
         image = np.asarray(image)
+        _check_raw(image, chosen)
         if chosen.slides:
             canvas = self._sliding_canvas(image, protocol=chosen, windows_per_pass=1)
             return canvas[: image.shape[0], : image.shape[1]]
@@ -175,6 +176,7 @@ class Segmenter:
         `windows_per_pass` at a time.
         """
         if protocol.slides:
+            _check_raw(np.asarray(images)[0], protocol)
             height, width = images.shape[1:3]
             maps = [
                 _most_probable(
@@ -296,6 +298,15 @@ def choose_step(folder: CheckpointFolder, step: str | int) -> int:
     raise FileNotFoundError(
         f"step={step} is not in {folder.path}: there are {existing}, 'best' and 'latest'"
     )
+
+
+def _check_raw(image: np.ndarray, protocol: Protocol) -> None:
+    """Floating images may be normalized ones; a protocol that resizes could not tell."""
+    if protocol.slides and (image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3):
+        raise ValueError(
+            f"the image is {image.dtype}{list(image.shape)}; protocol '{protocol.name}' resizes images, it "
+            "needs uint8 [height, width, 3] as read from a file"
+        )
 
 
 @functools.lru_cache(maxsize=16)

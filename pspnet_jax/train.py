@@ -187,6 +187,8 @@ class Run:
             try:
                 state = self._restored(step)
                 log.info("resuming from step %d of %s", step, self.workdir)
+                if self.config.init_from:
+                    log.info("init_from=%s is not read again", self.config.init_from)
                 break
             except CorruptCheckpointError as error:
                 log.warning("%s\nTrying the step before it.", error)
@@ -272,7 +274,11 @@ class Run:
         text = config_module.to_json(self.config)
         if path.exists():
             old, new = (flatten(json.loads(t)) for t in (path.read_text(), text))
-            changed = [f"{k}: {old.get(k)} -> {new[k]}" for k in new if old.get(k) != new[k]]
+            changed = [
+                f"{name}: {old.get(name)} -> {new[name]}"
+                for name in new
+                if old.get(name) != new[name] and name != "init_from"  # read at step 0 only
+            ]
             if changed:
                 log.warning("going on with changed options:\n  %s", "\n  ".join(changed))
         if jax.process_index() == 0:
@@ -290,6 +296,8 @@ def compose(config: ConfigDict, workdir: Path) -> Run:
     crop_height, crop_width = config.data.crop_size or label_set.crop_size
     crop_size = (crop_height, crop_width)
     _check_crop_size(crop_size, options)
+    # Protocols with windows take their size from the label set: that which the network is trained on.
+    label_set = dataclasses.replace(label_set, crop_size=crop_size)
     mesh = parallel.make_mesh()
     parallel.check_batch_size(config.train.global_batch_size, mesh)
     # What was left open is written down, so that config.json says what was done.
@@ -336,13 +344,10 @@ def compile_step(step: TrainStep, mesh: Mesh) -> TrainStep:
 def _choose_protocol(config: ConfigDict, label_set: LabelSet) -> Protocol:
     """The protocol of evaluations during training; fills in what the config left open."""
     options = config.evaluate
-    protocol = windows.choose(options.protocol, label_set)
-    if protocol.slides:
-        # Windows have the size that the network was trained on.
-        protocol = windows.override(protocol, crop_size=config.data.crop_size)
     names = ("scales", "flip", "base_size", "crop_size", "stride")
+    protocol = windows.choose(options.protocol, label_set)
     protocol = windows.override(protocol, **{name: options[name] for name in names})
-    options.update({name: getattr(protocol, name) for name in names})
+    options.update({n: getattr(protocol, n) for n in (names if protocol.slides else ("flip",))})
     return protocol
 
 

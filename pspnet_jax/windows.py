@@ -86,7 +86,7 @@ class Protocol:
         if self.flip != usual.flip:
             parts.append("flip" if self.flip else "noflip")
         if self.scales != usual.scales:
-            parts.append("scales" + ",".join(f"{scale:g}" for scale in self.scales))
+            parts.append("scales" + ",".join(f"{scale:.15g}" for scale in self.scales))
         if self.base_size != usual.base_size:
             parts.append(f"base{self.base_size}")
         if self.crop_size and self.crop_size != usual.crop_size:
@@ -143,8 +143,10 @@ def override(protocol: Protocol, **options: Any) -> Protocol:
 
 
 def _check(protocol: Protocol) -> None:
-    if not protocol.scales or any(scale <= 0 for scale in protocol.scales):
-        raise ValueError(f"scales={protocol.scales} must be factors above 0, e.g. 0.5,1,1.5")
+    if not protocol.scales or not all(0 < scale <= 100 for scale in protocol.scales):
+        raise ValueError(
+            f"scales={protocol.scales} must be factors above 0, at most 100: 0.5,1,1.5"
+        )
     if protocol.base_size is not None and protocol.base_size < 1:
         raise ValueError(f"base_size={protocol.base_size} must be at least 1 pixel")
     crop_size, stride = protocol.crop_size, protocol.stride

@@ -33,7 +33,7 @@ LAYERS = [
 ]
 # Within a folder, in the order of the flow.
 FOLDERS = {
-    "weights/": ["names", "pickles", "pytorch", "safetensors"],
+    "weights/": ["names", "fit", "pickles", "pytorch", "safetensors"],
     "data/": ["folders", "scenes", "transforms", "pipeline"],
     "models/": ["layers", "resnet", "pyramid", "pspnet"],
 }

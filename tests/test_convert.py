@@ -1,5 +1,6 @@
 """Published weights in and out: equal logits, every wrong key by name, files that come back."""
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,8 @@ NUM_TENSORS = 309
 
 
 def published() -> dict[str, np.ndarray]:
-    """The tensors of the golden under their keys, without the prefix."""
-    return {key.removeprefix("module."): array for key, array in pytorch.read(FILE).items()}
+    """The tensors of the golden under their keys."""
+    return names.without_prefix(pytorch.read(FILE))
 
 
 def write(path, arrays):
@@ -80,6 +81,17 @@ def test_export_writes_the_published_names_and_layout(converted, tmp_path):
             np.testing.assert_array_equal(found[key], array.astype(np.float32), err_msg=key)
 
 
+def test_exported_files_keep_their_bins(tmp_path):
+    wanted = options(backbone="resnet18", pyramid_bins=(1, 2, 4, 8))
+    path = write(tmp_path / "w.safetensors", _published_of(wanted))
+    model = convert.run(
+        [path], labels="camvid", output=str(tmp_path / "a"), pyramid_bins=(1, 2, 4, 8)
+    )
+    exported = export.run(str(model), format="safetensors", output=str(tmp_path / "x.safetensors"))
+    again = convert.run([str(exported)], labels="camvid", output=str(tmp_path / "b"))
+    assert pspnet_jax.load(again).description.model == wanted
+
+
 def test_what_was_exported_converts_again(converted, tmp_path):
     target = tmp_path / "out.safetensors"
     export.run(str(converted), format="safetensors", output=str(target))
@@ -96,6 +108,7 @@ def test_what_was_exported_converts_again(converted, tmp_path):
         {"pyramid_bins": ()},
         {"pyramid_bins": (1, 4)},
         {"pyramid_bins": (1, 3), "pyramid_reduction": False},
+        {"backbone": "resnet18", "pyramid_bins": (2, 5)},
     ],
     ids=str,
 )
@@ -156,6 +169,66 @@ def test_one_wrong_key_is_refused_by_name(key, change, message, tmp_path, capsys
     assert not (tmp_path / "model").exists()
 
 
+def _keep(arrays, *keys):
+    return {key: arrays[key] for key in keys}
+
+
+def _emptied(arrays):
+    return {k: np.zeros((0,) * a.ndim, a.dtype) for k, a in arrays.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda a: _keep(a, "layer1.0.downsample.0.weight", "cls.4.bias"),
+            "holds no residual blocks",
+        ),
+        (lambda a: a | {"cls.4.bias": np.float32(3)}, "has 1/11 classes|cls.4.bias is "),
+        (_emptied, "holds no residual blocks"),
+        (
+            lambda a: {k: v for k, v in a.items() if not k.startswith("ppm.")},
+            "ppm.features.0.1.weight is",
+        ),
+        (lambda a: {f"x.{k}": v for k, v in a.items()}, "names of no network that is known here"),
+        (
+            lambda a: {f"module.{k}": v for k, v in a.items()} | {"cls.4.bias": np.ones(11)},
+            "1 do not",
+        ),
+        (lambda a: {"layer0.0.weightx": np.ones(1)}, "not known: layer0.0.weightx"),
+    ],
+)
+def test_odd_files_are_refused_with_a_sentence(change, message, tmp_path):
+    path = write(tmp_path / "w.safetensors", change(published()))
+    with pytest.raises(ValueError, match=message):
+        convert.run([path], labels="camvid", output=str(tmp_path / "model"))
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_claimed_network_takes_no_memory(tmp_path):
+    """Names and vectors of width 20,000: their network would have a billion values."""
+    arrays = {
+        key: np.ones((20_000, 1, 1, 1) if array.ndim == 4 else array.shape, np.float32)
+        for key, array in published().items()
+        if not key.endswith("num_batches_tracked")
+    }
+    path = write(tmp_path / "w.safetensors", arrays)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="it is damaged or no such network"):
+        convert.run([path], labels="camvid", output=str(tmp_path / "model"))
+    assert tracemalloc.get_traced_memory()[1] < 1e8
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("place", ["", "/below"])
+def test_an_output_that_is_a_file(place, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    argv = ["convert", "--labels=camvid", f"--output={tmp_path / 'file'}{place}", str(FILE)]
+    assert main(argv) == 1
+    assert "file" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def backbone_arrays(*, stem="deep", old=False):
     """The golden's backbone as an ImageNet file names it."""
     renamed = {}
@@ -198,6 +271,7 @@ def test_backbones_become_one_file_of_our_names(stem, old, tmp_path):
     [
         ({"files": []}, "converted from one file, 0 were given"),
         ({"files": ["nowhere.pth"]}, "there is no such file"),
+        ({"files": [str(GOLDENS)]}, "is a folder; a file of weights is wanted"),
         ({"family": "caffe2"}, "family='caffe2' is not one of semseg"),
         ({"labels": None}, "say which classes it has, e.g. --labels=ade20k"),
         ({"labels": "voc2012"}, "has 11 classes, label set 'voc2012' has 21"),
@@ -214,8 +288,9 @@ def test_what_cannot_be_converted_says_why(arguments, message, tmp_path):
 
 def test_backbones_have_no_classes(tmp_path):
     path = write(tmp_path / "w.safetensors", backbone_arrays())
-    with pytest.raises(ValueError, match="is a backbone without heads"):
-        convert.run([path], labels="camvid", output=str(tmp_path / "model"))
+    for heads in ({"labels": "camvid"}, {"pyramid_bins": (1, 2)}):
+        with pytest.raises(ValueError, match="is a backbone without heads"):
+            convert.run([path], output=str(tmp_path / "model"), **heads)
 
 
 def test_foreign_names_are_shown(tmp_path):
@@ -248,6 +323,8 @@ def test_training_does_not_go_on_from_a_converted_model(converted, tmp_path, cap
 def test_a_truncated_safetensors_file(tmp_path):
     path = tmp_path / "w.safetensors"
     write(path, published())
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"w.safetensors cannot be read as safetensors: "):
-        convert.run([str(path)], labels="camvid", output=str(tmp_path / "model"))
+    whole = path.read_bytes()
+    for length in (len(whole) - 100, 200):  # in the values, in the header
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"w.safetensors cannot be read as safetensors: "):
+            convert.run([str(path)], labels="camvid", output=str(tmp_path / "model"))

@@ -1,6 +1,7 @@
 """Evaluation: batches of equal size, every image once, reports that say what was done."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from pspnet_jax.arrays import IGNORE_LABEL
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.metrics import confusion_matrix
 from pspnet_jax.segmenter import Provenance, Segmenter
-from pspnet_jax.windows import PROTOCOLS
+from pspnet_jax.windows import PROTOCOLS, choose
 
 from pictures import ExampleSource, example
 
@@ -31,7 +32,7 @@ class Oracle(Segmenter):
         self.batch_sizes = []
 
     def class_maps(self, images, *, protocol, windows_per_pass):
-        self.batch_sizes.append(len(images))
+        self.batch_sizes.append((len(images), windows_per_pass))
         return np.stack(
             [self.truths.get(i.tobytes(), np.full(i.shape[:2], 3, np.uint8)) for i in images]
         )
@@ -59,6 +60,26 @@ def test_every_image_counts_once_whatever_the_batch(batch_size):
     expected = sum(confusion_matrix(source[i].labels, threes[i], 11) for i in range(7))
     np.testing.assert_array_equal(result.confusion, expected)
     assert result.num_images == 7
+
+
+def test_windows_of_one_image_go_through_together_and_images_do_not():
+    oracle = Oracle()
+    for protocol in (WHOLE, PROTOCOLS["semseg"]):
+        evaluate.evaluate(oracle, ExampleSource(5), protocol=protocol, batch_size=4)
+    assert oracle.batch_sizes == [(4, 4)] * 2 + [(1, 4)] * 5
+
+
+def test_every_split_and_protocol_has_its_own_folder():
+    def folder(split, protocol):
+        return evaluate.output_folder(
+            Path("run"), step=7, split=split, protocol=protocol, label_set=CAMVID
+        ).name
+
+    assert folder("val", WHOLE) == "00000007-val-whole"
+    assert folder("v.1", WHOLE) == "00000007-v.1-whole"
+    assert folder("/lists/a/val.txt", WHOLE) == "00000007-_lists_a_val-whole"
+    assert folder("b/val.txt", WHOLE) == "00000007-b_val-whole"
+    assert folder("val", choose("semseg", CAMVID)) == "00000007-val-semseg"
 
 
 def test_truth_scores_one():

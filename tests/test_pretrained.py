@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_convert import FILE, backbone_arrays, write
+from test_convert import FILE, backbone_arrays, published, write
 
 from pspnet_jax import convert
 from pspnet_jax.catalog import load_label_set
@@ -120,12 +120,25 @@ def test_another_network_is_refused_by_name(overrides, message):
 
 
 def test_a_head_that_misses_a_key_is_no_backbone(tmp_path):
-    from test_convert import published
-
     arrays = published()
     del arrays["cls.1.weight"]
     with pytest.raises(MisfitError, match=r"cls.1.weight is missing"):
         start(write(tmp_path / "w.safetensors", arrays))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda a: a | {"cls.4.weight": a["cls.4.weight"].swapaxes(0, 1)},
+        lambda a: a | {"cls.4.weight": a["cls.4.weight"][:, :7]},
+        lambda a: a | {"cls.4.weight": a["cls.4.weight"][:7]},
+        lambda a: {k: v for k, v in a.items() if k != "cls.4.weight"},
+    ],
+)
+def test_a_broken_classifier_of_the_same_number_is_refused(spoil, tmp_path):
+    path = write(tmp_path / "w.safetensors", spoil(published()))
+    with pytest.raises(MisfitError, match=r"cls\.4\.weight is"):
+        start(path)
 
 
 def test_a_missing_file_is_an_error(tmp_path):
@@ -155,4 +168,4 @@ def test_a_run_starts_from_weights_and_resumes_without_them(tmp_path, shown):
     weights.unlink()
     assert int(compose(config, tmp_path / "run").resume_or_start().step) == 1
     assert f'"init_from": "{weights}"' in (tmp_path / "run/config.json").read_text()
-    assert Path(tmp_path / "run/log.txt").read_text().count("init_from=") == 2
+    assert Path(tmp_path / "run/log.txt").read_text().count("not read again") == 1

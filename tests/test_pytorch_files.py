@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from pspnet_jax.weights import pytorch
-from pspnet_jax.weights.pytorch import WeightsFileError, is_pytorch, read
+from pspnet_jax.weights.pytorch import WeightsFileError, read
 
 BUDGET_SECONDS = 40
 
@@ -150,18 +150,6 @@ def test_arrays_are_read_only_views_of_the_mapped_file(path):
     # JAX takes them as they lie in the file: aligned or not, bfloat16, strided, without axes.
     for name in ("module.bfloat16", "module.transposed", "module.scalar", "module.every_other"):
         np.testing.assert_array_equal(jnp.asarray(arrays[name]), arrays[name])
-
-
-def test_files_are_known_by_their_first_bytes(tmp_path):
-    for path in GOLDENS.glob("pytorch_*.pth"):
-        renamed = tmp_path / "photo.jpg"
-        renamed.write_bytes(path.read_bytes())
-        assert is_pytorch(renamed), path
-    for content in (b"", b"PK", b"\xff\xd8\xff\xe0", b"\x80\x02}q\x00."):
-        (tmp_path / "other.pth").write_bytes(content)
-        assert not is_pytorch(tmp_path / "other.pth")
-    assert not is_pytorch(tmp_path)
-    assert not is_pytorch(tmp_path / "none.pth")
 
 
 def test_python_2_and_the_first_versions_of_pytorch(tmp_path):

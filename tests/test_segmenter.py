@@ -15,12 +15,13 @@ from pspnet_jax.segmenter import (
     Description,
     Provenance,
     Segmenter,
+    _check_raw,
     _class_maps,
     _window_probabilities,
     model_part,
 )
 from pspnet_jax.train_step import split_model
-from pspnet_jax.windows import choose
+from pspnet_jax.windows import PROTOCOLS, choose
 
 from networks import network, options
 from pictures import example
@@ -165,6 +166,16 @@ def test_two_segmenters_share_their_compilations(segmenter):
 def test_what_is_no_rgb_image_is_refused(segmenter, image):
     with pytest.raises(ValueError, match="they must be RGB"):
         segmenter._place(image[None])
+
+
+@pytest.mark.parametrize(
+    "image", [example(9, 9).image.astype(np.float32), example(9, 9).image[None], np.zeros((9, 9))]
+)
+def test_protocols_with_windows_need_photographs(image):
+    with pytest.raises(ValueError, match="protocol 'semseg' resizes images, it needs uint8"):
+        _check_raw(image, PROTOCOLS["semseg"])
+    _check_raw(image, PROTOCOLS["whole"])
+    _check_raw(example(9, 9).image, PROTOCOLS["semseg"])
 
 
 def test_unknown_protocol(segmenter):

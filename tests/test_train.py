@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from pspnet_jax import load
 from pspnet_jax import train as train_module
 from pspnet_jax.checkpoint import CheckpointFolder, CorruptCheckpointError
-from pspnet_jax.config import from_json
+from pspnet_jax.config import from_json, to_json
 from pspnet_jax.train import compose, train
 
 from pictures import write_split
@@ -102,6 +103,29 @@ def test_config_json_holds_resolved_values(finished):
     assert config.augment.scale_max == 2.0
     assert config.data.crop_size == (33, 33)
     assert config.evaluate.split == "val"
+
+
+@pytest.mark.parametrize("protocol", ["whole", "semseg"])
+def test_a_resolved_config_composes_the_same_run(data, tmp_path, protocol):
+    config = tiny(data, evaluate__protocol=protocol, evaluate__flip=False)
+    run = compose(config, tmp_path / "a")
+    again = compose(from_json(to_json(run.config)), tmp_path / "b")
+    assert again.description == run.description
+    assert run.description.protocol.flip is False
+
+
+def test_windows_have_the_crop_of_the_training(finished, data, tmp_path):
+    run = compose(tiny(data, evaluate__protocol="semseg"), tmp_path)
+    assert run.description.protocol.crop_size == run.config.evaluate.crop_size == (33, 33)
+    assert run.config.evaluate.stride == (22, 22)
+    assert run.config.evaluate.base_size == 512
+    # Also where the run itself was evaluated on whole images.
+    segmenter = load(finished)
+    chosen = segmenter.choose_protocol("semseg")
+    assert chosen.crop_size == (33, 33)
+    assert chosen.label(segmenter.label_set) == "semseg"
+    run = compose(tiny(data, evaluate__protocol="semseg", evaluate__crop_size=(41, 33)), tmp_path)
+    assert run.description.protocol.label(run.description.label_set) == "semseg-crop41x33"
 
 
 @pytest.mark.parametrize("step", [4, 5])

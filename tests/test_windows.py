@@ -21,10 +21,10 @@ CROP = (33, 41)
 
 
 def lopsided(images, *, xp=jnp):
-    """Logits that depend on the color and on the place in the window, so that nothing commutes."""
+    """Logits that depend on the color, the place in the window and the window as a whole."""
     rows = xp.arange(images.shape[1]).reshape(1, -1, 1, 1) / images.shape[1]
     columns = xp.arange(images.shape[2]).reshape(1, 1, -1, 1) / images.shape[2]
-    place = 3 * rows + columns * images[..., :1]
+    place = 3 * rows + columns * images[..., :1] + images.mean(axis=(1, 2, 3), keepdims=True)
     return xp.concatenate([place, images[..., 1:], -images[..., :1] * place], axis=-1)
 
 
@@ -188,6 +188,8 @@ def test_label_says_what_is_unusual(options, label):
         ("whole", {"scales": (1.0,), "crop_size": (9, 9)}, "has no crop_size, scales .semseg has"),
         ("semseg", {"scales": (1.0, 0.0)}, "must be factors above 0"),
         ("semseg", {"scales": ()}, "must be factors above 0"),
+        ("semseg", {"scales": (float("inf"),)}, "must be factors above 0, at most 100"),
+        ("semseg", {"scales": (float("nan"),)}, "must be factors above 0, at most 100"),
         ("semseg", {"crop_size": (9, 9, 9)}, "must be .height, width."),
         ("semseg", {"stride": (0, 9)}, "must be .height, width."),
         ("semseg", {"base_size": 0}, "at least 1 pixel"),

@@ -285,7 +285,12 @@ def _read_list(list_file: Path, layout: ListLayout, split: str) -> list[tuple[st
                 (image.format(name=words[0]), mask.format(name=words[0], augmented=augmented))
             )
         elif len(words) == 2:
-            rows.append((words[0], words[1]))
+            # Some lists (DeepLab's) begin every name with a slash that means the root.
+            rows.append(
+                (words[0], words[1])
+                if Path(words[0]).is_file()
+                else (words[0].lstrip("/"), words[1].lstrip("/"))
+            )
         elif words:
             faults.append(f"{number}: '{line.strip()}'")
     if faults:

@@ -34,16 +34,11 @@ class Initializer(NamedTuple):
 
 
 class NoRandomNumbers(np.random.Generator):
-    """Zeros instead of random numbers, for when only the shapes of a network are wanted."""
+    """Stands for random numbers where only the shapes of a network are wanted (under `nnx.eval_shape`):
+    nothing is drawn and nothing is allocated, however large the network."""
 
     def __init__(self):
         super().__init__(np.random.PCG64(0))
-
-    def standard_normal(self, size, dtype):  # pyrefly: ignore
-        return np.broadcast_to(np.zeros((), dtype), size)
-
-    def uniform(self, low, high, size):  # pyrefly: ignore
-        return np.broadcast_to(np.zeros(()), size)
 
 
 def _normal_fan_out(rng: RandomNumbers, shape: tuple[int, ...]) -> np.ndarray:
@@ -100,9 +95,12 @@ class Conv(nnx.Module):
         rng: RandomNumbers,
     ):
         shape = (kernel_size, kernel_size, in_channels, out_channels)
-        self.kernel = nnx.Param(jnp.asarray(initializer.kernel(rng, shape)))
-        bias = initializer.bias(rng, shape) if use_bias else None
-        self.bias = None if bias is None else nnx.Param(jnp.asarray(bias))
+        if isinstance(rng, NoRandomNumbers):
+            kernel, bias = jnp.zeros(shape), jnp.zeros(out_channels)
+        else:
+            kernel, bias = initializer.kernel(rng, shape), initializer.bias(rng, shape)
+        self.kernel = nnx.Param(jnp.asarray(kernel))
+        self.bias = nnx.Param(jnp.asarray(bias)) if use_bias else None
         self.stride, self.dilation, self.dtype = stride, dilation, dtype
 
     def __call__(self, x: Features) -> Features:

@@ -55,16 +55,6 @@ class WeightsFileError(ValueError):
     """A file of weights cannot be read; the message says why and what to do."""
 
 
-def is_pytorch(path: Path | str) -> bool:
-    """Whether a file begins as PyTorch's do (any zip archive does); the suffix does not count."""
-    try:
-        with Path(path).open("rb") as file:
-            head = file.read(32)
-    except OSError:
-        return False
-    return head.startswith(_ZIP_START) or _LEGACY_START.match(head) is not None
-
-
 def read(path: Path | str) -> dict[str, np.ndarray]:
     """The tensors of a file by name: those under 'state_dict', without that key those on top.
 

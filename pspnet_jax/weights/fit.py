@@ -1,0 +1,158 @@
+"""Weights and a network brought together: everything fits, or an error lists all that does not.
+
+* Every parameter and statistic of the network is filled exactly once, every key of the file is used;
+  exceptions are given as a pattern.
+* Values become float32; what would not be finite, a negative variance and whole numbers are refused.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float32
+
+from pspnet_jax.weights.names import MisfitError, Weights, printable
+
+Shape = tuple[int, ...]
+
+CLASSIFIER = r"(head|aux_head)\.classifier\.(kernel|bias)"
+HEADS = r"(pyramid|head|aux_head)\..*"
+
+_NUM_SHOWN = 12  # of each kind of fault
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Weights brought together with a network."""
+
+    loaded: Mapping[str, Float32[np.ndarray, "..."]]
+    """By path."""
+    reinitialized: tuple[str, ...]
+    """Paths of the network that keep their initial values."""
+    left_out: tuple[str, ...]
+    """Keys of the file that were not used; counters of norms are not listed."""
+
+
+@dataclass
+class _Faults:
+    """All that does not fit, by the file's keys."""
+
+    missing: dict[str, Shape] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
+    shapes: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
+    """In the file, in the network."""
+    values: dict[str, str] = field(default_factory=dict)
+
+
+def fit(
+    weights: Weights,
+    wanted: Mapping[str, Shape],
+    *,
+    where: str,
+    starts_anew: str | None = None,
+) -> Fit:
+    """Bring weights and a network together.
+
+    Args:
+        weights: by our paths.
+        wanted: path -> shape of every parameter and statistic of the network.
+        where: the file's name, for messages.
+        starts_anew: pattern of paths that keep their initial values, whatever the file has.
+
+    Raises:
+        MisfitError: listing every key that is missing, unknown, of another shape or without good values,
+            and the likely causes.
+    """
+    loaded, reinitialized, faults = {}, [], _Faults()
+    for path, shape in wanted.items():
+        array, key = weights.arrays.get(path), weights.key_of(path)
+        if starts_anew and re.fullmatch(starts_anew, path):
+            reinitialized.append(path)
+        elif array is None:
+            faults.missing[key] = shape
+        elif array.shape != shape:
+            faults.shapes[key] = (array.shape, shape)
+        else:
+            loaded[path] = _float32(array)
+            if fault := _fault_of_values(array, loaded[path], path):
+                faults.values[key] = fault
+    used = set(wanted)
+    faults.unknown += weights.unknown
+    faults.unknown += [weights.keys[path] for path in weights.arrays if path not in used]
+    faults.unknown += [key for key, mean in weights.counters.items() if mean not in used]
+    if faults != _Faults():
+        stems = (_stem(weights.arrays), _stem(wanted))
+        raise MisfitError("\n  ".join([f"{where} does not fit:", *_lines(faults, stems)]))
+    unused = [weights.keys[path] for path in reinitialized if path in weights.keys]
+    return Fit(loaded, tuple(reinitialized), (*weights.left_out, *unused))
+
+
+def _float32(array: np.ndarray) -> Float32[np.ndarray, "..."]:
+    with np.errstate(all="ignore"):
+        real = array.real if np.iscomplexobj(array) else array
+        return np.array(real, np.float32, order="C")
+
+
+def _fault_of_values(array: np.ndarray, loaded: np.ndarray, path: str) -> str | None:
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return f"holds {array.dtype}, not floating values"
+    if not np.isfinite(loaded).all():
+        return "holds values that are not finite in float32"
+    if path.endswith(".variance") and (loaded < 0).any():
+        return "holds negative variances"
+    return None
+
+
+def _stem(paths: Iterable[str]) -> str:
+    return "deep" if any(path.startswith("backbone.stem.conv2") for path in paths) else "7x7"
+
+
+def _lines(faults: _Faults, stems: tuple[str, str]) -> list[str]:
+    """One line a fault, a few of each kind, then the likely causes."""
+    kinds = (
+        [f"{printable(key)} is missing" for key in faults.missing],
+        [f"{printable(key)} is not known" for key in faults.unknown],
+        [
+            f"{printable(key)} is {list(have)}, the network has {list(want)} (in our layout)"
+            for key, (have, want) in faults.shapes.items()
+        ],
+        [f"{printable(key)} {fault}" for key, fault in faults.values.items()],
+    )
+    lines = []
+    for kind in kinds:
+        lines += kind[:_NUM_SHOWN]
+        if len(kind) > _NUM_SHOWN:
+            lines.append(f"... and {len(kind) - _NUM_SHOWN} more like that")
+    return lines + [f"likely cause: {cause}" for cause in _causes(faults, stems)]
+
+
+def _causes(faults: _Faults, stems: tuple[str, str]) -> Iterable[str]:
+    """What most often lies behind such faults, the most telling first."""
+    missing, unknown, shapes = faults.missing, faults.unknown, faults.shapes
+    if stems[0] != stems[1] and (missing or unknown or shapes):
+        yield (
+            f"the file's stem is {stems[0]}, the network's {stems[1]}: torchvision's ResNets have 7x7, the "
+            f"authors' ImageNet files deep; --config.model.stem={stems[0]} takes this file"
+        )
+        return
+    for key in list(missing)[:3]:
+        nearest = difflib.get_close_matches(key, unknown, n=1, cutoff=0.8)
+        if nearest:
+            yield f"'{printable(nearest[0])}' in the file is '{key}' under another name"
+    for key, (have, want) in list(shapes.items())[:3]:
+        if sorted(have) == sorted(want):
+            yield f"{printable(key)} is transposed"
+    levels = [key for key in [*missing, *unknown] if key.startswith(("ppm.", "pyramid."))]
+    if any(key.startswith("fc.") for key in unknown):
+        yield "the file is a backbone trained on ImageNet (it has fc.*), not a whole PSPNet"
+    elif len(levels) > 1:
+        yield "the file's pyramid has other bins than the network's, or none"
+    elif len(shapes) > _NUM_SHOWN:
+        yield "the file has another width, or other blocks"
+    elif len(unknown) > 1 and not missing and not shapes:
+        yield "the file has more than this network: another depth or family"
+    elif len(missing) > 1 and not unknown and not shapes:
+        yield "the file is incomplete, or of a shallower network"

@@ -35,7 +35,7 @@ LAYERS = [
 FOLDERS = {
     "weights/": ["names", "fit", "pickles", "pytorch", "safetensors"],
     "data/": ["folders", "scenes", "transforms", "pipeline"],
-    "models/": ["layers", "resnet", "pyramid", "pspnet"],
+    "models/": ["layers", "resnet", "densenet", "squeezenet", "pyramid", "pspnet"],
 }
 FOUNDATIONS = {"arrays", "resample", "catalog"}  # where the modules of layer 2 meet
 PURE = [
@@ -48,7 +48,7 @@ PURE = [
     "windows",
     "visualize",
 ]
-PURE += ["models/layers", "models/resnet", "models/pyramid", "models/pspnet", "data/transforms"]
+PURE += [f"models/{module}" for module in FOLDERS["models/"]] + ["data/transforms"]
 IMPURE_IMPORTS = {"os", "time", "pathlib", "shutil", "random", "logging", "sys", "io", "tempfile"}
 
 

@@ -1,4 +1,4 @@
-"""The layers every network here is made of: convolution, batch normalization, channel dropout.
+"""The layers every network here is made of: convolution, linear, batch norm, PReLU, channel dropout.
 
 * Feature maps are [batch, height, width, channels]; kernels are [height, width, in, out].
 * Padding is PyTorch's: dilation * (kernel_size - 1) / 2 on every side, never 'SAME' (which pads
@@ -6,6 +6,7 @@
 * Parameters are float32; `dtype` is what is computed in. Batch statistics are always taken in float32.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,11 +20,13 @@ from jaxtyping import Float
 from pspnet_jax.arrays import Features
 
 Kernel = Float[jax.Array, "kernel_height kernel_width in_channels out_channels"]
+Vectors = Float[jax.Array, "batch _channels"]
+"""One vector per image."""
 RandomNumbers = np.random.Generator
 
 
 class Initializer(NamedTuple):
-    """How a convolution starts: functions (random numbers, kernel shape) -> values.
+    """How a convolution or linear layer starts: functions (random numbers, kernel shape) -> values.
 
     Drawn with NumPy: the same on every backend, and nothing to compile (with `jax.random` the
     initialization of a network took longer than the compilation of its training step).
@@ -42,14 +45,14 @@ class NoRandomNumbers(np.random.Generator):
 
 
 def _normal_fan_out(rng: RandomNumbers, shape: tuple[int, ...]) -> np.ndarray:
-    fan_out = shape[0] * shape[1] * shape[3]
+    fan_out = math.prod(shape[:-2]) * shape[-1]
     return rng.standard_normal(shape, dtype=np.float32) * np.float32((2 / fan_out) ** 0.5)
 
 
 def _uniform_fan_in(
     rng: RandomNumbers, shape: tuple[int, ...], size: tuple[int, ...]
 ) -> np.ndarray:
-    bound = (shape[0] * shape[1] * shape[2]) ** -0.5
+    bound = math.prod(shape[:-1]) ** -0.5
     return rng.uniform(-bound, bound, size).astype(np.float32)
 
 
@@ -62,7 +65,7 @@ TORCH_DEFAULT = Initializer(
     kernel=lambda rng, shape: _uniform_fan_in(rng, shape, shape),
     bias=lambda rng, shape: _uniform_fan_in(rng, shape, shape[-1:]),
 )
-"""Uniform within 1 / sqrt(fan_in), kernel and bias: what PyTorch gives a convolution unasked."""
+"""Uniform within 1 / sqrt(fan_in), kernel and bias: what PyTorch gives a layer unasked."""
 
 
 def convolve(x: Features, kernel: Kernel, *, stride: int = 1, dilation: int = 1) -> Features:
@@ -95,10 +98,7 @@ class Conv(nnx.Module):
         rng: RandomNumbers,
     ):
         shape = (kernel_size, kernel_size, in_channels, out_channels)
-        if isinstance(rng, NoRandomNumbers):
-            kernel, bias = jnp.zeros(shape), jnp.zeros(out_channels)
-        else:
-            kernel, bias = initializer.kernel(rng, shape), initializer.bias(rng, shape)
+        kernel, bias = _initial_values(initializer, shape, rng)
         self.kernel = nnx.Param(jnp.asarray(kernel))
         self.bias = nnx.Param(jnp.asarray(bias)) if use_bias else None
         self.stride, self.dilation, self.dtype = stride, dilation, dtype
@@ -107,6 +107,28 @@ class Conv(nnx.Module):
         kernel = self.kernel[...].astype(self.dtype)
         y = convolve(x.astype(self.dtype), kernel, stride=self.stride, dilation=self.dilation)
         return y if self.bias is None else y + _per_channel(self.bias[...].astype(self.dtype))
+
+
+class Linear(nnx.Module):
+    """A matrix and a bias: one vector per image -> another; the kernel is [in, out]."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        initializer: Initializer,
+        dtype: DTypeLike,
+        rng: RandomNumbers,
+    ):
+        kernel, bias = _initial_values(initializer, (in_channels, out_channels), rng)
+        self.kernel = nnx.Param(jnp.asarray(kernel))
+        self.bias = nnx.Param(jnp.asarray(bias))
+        self.dtype = dtype
+
+    def __call__(self, x: Vectors) -> Vectors:
+        y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        return y + self.bias[...].astype(self.dtype).reshape(1, -1)
 
 
 class BatchNorm(nnx.Module):
@@ -164,6 +186,16 @@ class BatchNorm(nnx.Module):
         running[...] = moved.astype(old.dtype)
 
 
+class PReLU(nnx.Module):
+    """max(x, 0) + slope * min(x, 0) with one learned slope for all channels (He et al. 2015), at first 0.25."""
+
+    def __init__(self):
+        self.slope = nnx.Param(jnp.full(1, 0.25))
+
+    def __call__(self, x: Features) -> Features:
+        return jnp.where(x > 0, x, _per_channel(self.slope[...].astype(x.dtype)) * x)
+
+
 class ChannelDropout(nnx.Module):
     """Dropout of whole channels of each image (PyTorch's Dropout2d); the rest is scaled by 1 / (1 - rate)."""
 
@@ -180,7 +212,7 @@ class ChannelDropout(nnx.Module):
 
 
 def max_pool(x: Features) -> Features:
-    """3x3 maximum at stride 2 with one pixel of padding on every side (the stem of a ResNet)."""
+    """3x3 maximum at stride 2 with one pixel of padding on every side: half the size, rounded up."""
     return jax.lax.reduce_window(
         x,
         -jnp.inf,
@@ -189,6 +221,40 @@ def max_pool(x: Features) -> Features:
         window_strides=(1, 2, 2, 1),
         padding=((0, 0), (1, 1), (1, 1), (0, 0)),
     )
+
+
+def average_pool(x: Features) -> Features:
+    """2x2 mean at stride 2; an odd last row or column is left out, as PyTorch does."""
+    batch, height, width, channels = x.shape
+    even = x[:, : height // 2 * 2, : width // 2 * 2]
+    cells = even.reshape(batch, height // 2, 2, width // 2, 2, channels)
+    return cells.mean(axis=(2, 4), dtype=jnp.promote_types(x.dtype, jnp.float32)).astype(x.dtype)
+
+
+def run(block: Callable[..., Features], x: Features, *, train: bool, remat: bool) -> Features:
+    """block(x, train=train); with `remat` its inner maps are computed again in the backward pass
+    instead of being stored."""
+    if not remat:
+        return block(x, train=train)
+    graphdef, state = nnx.split(block)
+
+    @jax.checkpoint
+    def again(state, x):
+        block = nnx.merge(graphdef, state)
+        return block(x, train=train), nnx.state(block, nnx.BatchStat)
+
+    y, statistics = again(state, x)
+    nnx.update(block, statistics)
+    return y
+
+
+def _initial_values(
+    initializer: Initializer, shape: tuple[int, ...], rng: RandomNumbers
+) -> tuple[np.ndarray | jax.Array, np.ndarray | jax.Array]:
+    """Kernel and bias."""
+    if isinstance(rng, NoRandomNumbers):
+        return jnp.zeros(shape), jnp.zeros(shape[-1])
+    return initializer.kernel(rng, shape), initializer.bias(rng, shape)
 
 
 def _per_channel(x: jax.Array) -> jax.Array:

@@ -1,10 +1,14 @@
-"""The pyramid pooling module (Zhao et al. 2017, section 3.2) and the head around it.
+"""The pyramid pooling module (Zhao et al. 2017, section 3.2) and the heads around it.
 
 * `PyramidPooling`: average the map over 1x1, 2x2, 3x3 and 6x6 bins, bring each to 1/N of the channels
   with a 1x1 convolution, stretch it back bilinearly and put all beside the map itself, in the order
-  [map, 1, 2, 3, 6]. No bins at all is the dilated-FCN baseline.
+  [map, 1, 2, 3, 6]. No bins at all is the dilated-FCN baseline. What a level does with its pooled map,
+  and whether the map itself comes first or last, are options.
 * `ClassifierHead`: 3x3 convolution, norm, ReLU, channel dropout, 1x1 classifier. After the pyramid it
   fuses the levels; on stage 3 it is the auxiliary head.
+* `ProgressiveHead`: fuses the levels with a 1x1 convolution and doubles the size three times on the way
+  to its classifier, where `ClassifierHead` leaves one stretch by 8 to the loss.
+* `PresenceHead`: which classes are somewhere in the image, from the largest value of every channel.
 """
 
 import functools
@@ -13,22 +17,30 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pspnet_jax.arrays import Features, Logits
-from pspnet_jax.models.layers import BatchNorm, ChannelDropout, Conv, RandomNumbers
+from pspnet_jax.arrays import Features, Logits, PresenceLogits
+from pspnet_jax.models.layers import (
+    BatchNorm,
+    ChannelDropout,
+    Conv,
+    Linear,
+    PReLU,
+    RandomNumbers,
+)
 from pspnet_jax.resample import adaptive_average_pool, adaptive_max_pool, resize
 
 POOLS = {"average": adaptive_average_pool, "max": adaptive_max_pool}
 
 
 class PyramidLevel(nnx.Module):
-    """1x1 convolution, norm and ReLU of one pooled map."""
+    """1x1 convolution of one pooled map, then norm and ReLU unless it is linear."""
 
-    def __init__(self, in_channels: int, out_channels: int, *, conv, norm, rng):
+    def __init__(self, in_channels: int, out_channels: int, *, linear: bool, conv, norm, rng):
         self.conv = conv(in_channels, out_channels, 1, rng=rng)
-        self.norm = norm(out_channels)
+        self.norm = None if linear else norm(out_channels)
 
     def __call__(self, x: Features, *, train: bool) -> Features:
-        return jax.nn.relu(self.norm(self.conv(x), train=train))
+        x = self.conv(x)
+        return x if self.norm is None else jax.nn.relu(self.norm(x, train=train))
 
 
 class PyramidPooling(nnx.Module):
@@ -38,7 +50,10 @@ class PyramidPooling(nnx.Module):
         channels: of the incoming map.
         bins: bins per axis of each level, any number of levels; () adds nothing.
         pool: 'average' or 'max'.
-        reduction: bring each level to channels / len(bins); without, levels are the pooled maps as they are.
+        reduction: bring each level to channels / len(bins); without, levels are the pooled maps as they
+            are, or linear maps of them.
+        linear: every level is a 1x1 convolution, without a norm and a ReLU after it.
+        map_first: [map, levels]; else [levels, map].
         align_corners: rule of the stretching.
 
     Returns (call):
@@ -52,29 +67,31 @@ class PyramidPooling(nnx.Module):
         bins: tuple[int, ...],
         pool: str,
         reduction: bool,
+        linear: bool = False,
+        map_first: bool = True,
         align_corners: bool,
         conv,
         norm,
         rng: RandomNumbers,
     ):
         self.bins, self.pool, self.align_corners = bins, pool, align_corners
-        self.reduction = reduction
+        self.map_first, self.has_levels = map_first, reduction or linear
         level_channels = channels // len(bins) if bins and reduction else channels
         self.out_channels = channels + len(bins) * level_channels
-        if reduction:
+        make_level = functools.partial(PyramidLevel, linear=linear, conv=conv, norm=norm, rng=rng)
+        if self.has_levels:
             for num_bins in bins:
-                level = PyramidLevel(channels, level_channels, conv=conv, norm=norm, rng=rng)
-                setattr(self, f"level{num_bins}", level)
+                setattr(self, f"level{num_bins}", make_level(channels, level_channels))
 
     def __call__(self, x: Features, *, train: bool) -> Features:
         size = (x.shape[1], x.shape[2])
-        levels = [x]
+        levels = []
         for num_bins in self.bins:
             pooled = POOLS[self.pool](x, num_bins)
-            if self.reduction:
+            if self.has_levels:
                 pooled = getattr(self, f"level{num_bins}")(pooled, train=train)
             levels.append(resize(pooled, size, align_corners=self.align_corners))
-        return jnp.concatenate(levels, axis=-1)
+        return jnp.concatenate([x, *levels] if self.map_first else [*levels, x], axis=-1)
 
 
 class ClassifierHead(nnx.Module):
@@ -99,3 +116,81 @@ class ClassifierHead(nnx.Module):
     def __call__(self, x: Features, *, train: bool, key: jax.Array | None) -> Logits:
         x = jax.nn.relu(self.norm(self.conv(x), train=train))
         return self.classifier(self.dropout(x, train=train, key=key))
+
+
+class UpsampleBlock(nnx.Module):
+    """Twice the size by bilinear resizing, then 3x3 convolution with bias, norm and PReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, align_corners, conv, norm, rng):
+        self.conv = conv(in_channels, out_channels, 3, use_bias=True, rng=rng)
+        self.norm = norm(out_channels)
+        self.activation = PReLU()
+        self.align_corners = align_corners
+
+    def __call__(self, x: Features, *, train: bool) -> Features:
+        size = (2 * x.shape[1], 2 * x.shape[2])
+        x = self.conv(resize(x, size, align_corners=self.align_corners))
+        return self.activation(self.norm(x, train=train))
+
+
+class ProgressiveHead(nnx.Module):
+    """1x1 convolution with bias and ReLU, three blocks that double the size, a 1x1 classifier with bias.
+
+    The blocks bring `hidden_channels` to a quarter, a sixteenth and again a sixteenth of them: 1024, 256,
+    64 and 64 as published. Logits are eight times as large as the map: of the image's own size.
+
+    Args:
+        hidden_channels: of the fused map.
+        dropout_rate: of its channels (0.3 as published); after each block it is half of that.
+        align_corners: rule of the doubling.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: int,
+        num_classes: int,
+        *,
+        dropout_rate: float,
+        align_corners: bool,
+        conv: functools.partial[Conv],
+        norm: functools.partial[BatchNorm],
+        rng: RandomNumbers,
+    ):
+        block = functools.partial(
+            UpsampleBlock, align_corners=align_corners, conv=conv, norm=norm, rng=rng
+        )
+        wide, narrow = hidden_channels // 4, hidden_channels // 16
+        self.fuse = conv(in_channels, hidden_channels, 1, use_bias=True, rng=rng)
+        self.up1 = block(hidden_channels, wide)
+        self.up2 = block(wide, narrow)
+        self.up3 = block(narrow, narrow)
+        self.classifier = conv(narrow, num_classes, 1, use_bias=True, rng=rng)
+        self.fuse_dropout = ChannelDropout(dropout_rate)
+        self.block_dropout = ChannelDropout(dropout_rate / 2)
+
+    def __call__(self, x: Features, *, train: bool, key: jax.Array | None) -> Logits:
+        fuse_key, *block_keys = (None,) * 4 if key is None else jax.random.split(key, 4)
+        x = self.fuse_dropout(jax.nn.relu(self.fuse(x)), train=train, key=fuse_key)
+        for block, block_key in zip((self.up1, self.up2, self.up3), block_keys, strict=True):
+            x = self.block_dropout(block(x, train=train), train=train, key=block_key)
+        return self.classifier(x)
+
+
+class PresenceHead(nnx.Module):
+    """Largest value of every channel over the image, linear, ReLU, linear: one logit per class."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: int,
+        num_classes: int,
+        *,
+        linear: functools.partial[Linear],
+        rng: RandomNumbers,
+    ):
+        self.hidden = linear(in_channels, hidden_channels, rng=rng)
+        self.classifier = linear(hidden_channels, num_classes, rng=rng)
+
+    def __call__(self, x: Features) -> PresenceLogits:
+        return self.classifier(jax.nn.relu(self.hidden(x.max(axis=(1, 2)))))

@@ -24,6 +24,7 @@ from pspnet_jax.models.layers import (
     Initializer,
     RandomNumbers,
     max_pool,
+    run,
 )
 
 STEMS = ("deep", "7x7")
@@ -194,23 +195,10 @@ class ResNet(nnx.Module):
         stages = []
         for stage, num_blocks in enumerate(self.num_blocks, start=1):
             for i in range(num_blocks):
-                x = self._run(getattr(self, f"layer{stage}_{i}"), x, train=train)
+                block = getattr(self, f"layer{stage}_{i}")
+                x = run(block, x, train=train, remat=self.remat)
             stages.append(x)
         return BackboneFeatures(stages[2], stages[3])
-
-    def _run(self, block: BasicBlock | Bottleneck, x: Features, *, train: bool) -> Features:
-        if not self.remat:
-            return block(x, train=train)
-        graphdef, state = nnx.split(block)
-
-        @jax.checkpoint
-        def run(state, x):
-            block = nnx.merge(graphdef, state)
-            return block(x, train=train), nnx.state(block, nnx.BatchStat)
-
-        y, statistics = run(state, x)
-        nnx.update(block, statistics)
-        return y
 
 
 def stage_strides(output_stride: int) -> tuple[tuple[int, int], ...]:

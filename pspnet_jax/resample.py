@@ -68,17 +68,22 @@ def adaptive_average_pool(x: Maps, num_bins: int) -> Maps:
 
 
 def adaptive_max_pool(x: Maps, num_bins: int) -> Maps:
-    """As `adaptive_average_pool`, with the maximum of each bin."""
-    rows = [
-        x[:, start:end].max(axis=1, keepdims=True)
-        for start, end in pooling_bins(x.shape[1], num_bins)
-    ]
+    """As `adaptive_average_pool`, with the maximum of each bin; of equal ones the first gets the gradient."""
+    rows = [_largest(x[:, start:end], axis=1) for start, end in pooling_bins(x.shape[1], num_bins)]
     x = jnp.concatenate(rows, axis=1)
     columns = [
-        x[:, :, start:end].max(axis=2, keepdims=True)
-        for start, end in pooling_bins(x.shape[2], num_bins)
+        _largest(x[:, :, start:end], axis=2) for start, end in pooling_bins(x.shape[2], num_bins)
     ]
     return jnp.concatenate(columns, axis=2)
+
+
+def _largest(x: Maps, *, axis: int) -> Maps:
+    """The maximum along one axis, which keeps length 1."""
+    # Not x.max(): its gradient goes where x equals the maximum, and where XLA computes x once more for
+    # the comparison, rounded otherwise, that is nowhere: the gradient is lost or infinite.
+    position = jnp.argmax(x, axis=axis, keepdims=True)
+    is_largest = jax.lax.broadcasted_iota(position.dtype, x.shape, axis) == position
+    return jnp.sum(jnp.where(is_largest, x, 0), axis=axis, keepdims=True)
 
 
 def resize(x: Maps, size: Pair, *, align_corners: bool) -> Maps:

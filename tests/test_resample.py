@@ -72,6 +72,26 @@ def test_pools_equal_loops(size, num_bins):
     )
 
 
+def test_gradient_of_the_maximum_goes_to_one_value_of_each_bin():
+    """Also where XLA computes the input once more, rounded otherwise: it does so for this one."""
+    scale, offset, weights = (maps(1, 1, seed=1), maps(1, 1, seed=2), maps(3, 3, seed=3))
+
+    def total(x):
+        computed = jax.nn.relu((x - offset[:1]) * scale[:1] + offset[:1] + x)
+        return jnp.sum(adaptive_max_pool(computed, 3) * weights)
+
+    x = maps(12, 12)
+    options = {"xla_backend_optimization_level": 0}
+    compiled = jax.jit(jax.grad(total), compiler_options=options)(x)
+    np.testing.assert_allclose(compiled, jax.grad(total)(x), rtol=1e-5)
+    assert (np.asarray(compiled) != 0).sum() == weights.size
+
+
+def test_gradient_of_equal_maxima_goes_to_the_first():
+    gradient = jax.grad(lambda x: adaptive_max_pool(x, 1).sum())(jnp.ones((1, 2, 3, 1)))
+    np.testing.assert_array_equal(gradient[0, :, :, 0], [[1, 0, 0], [0, 0, 0]])
+
+
 def test_reshape_and_matrix_agree_where_bins_divide():
     x = maps(12, 18)
     rows, columns = pooling_matrix(12, 6), pooling_matrix(18, 6)

@@ -193,4 +193,5 @@ class PresenceHead(nnx.Module):
         self.classifier = linear(hidden_channels, num_classes, rng=rng)
 
     def __call__(self, x: Features) -> PresenceLogits:
-        return self.classifier(jax.nn.relu(self.hidden(x.max(axis=(1, 2)))))
+        largest = adaptive_max_pool(x, 1).reshape(x.shape[0], x.shape[3])
+        return self.classifier(jax.nn.relu(self.hidden(largest)))

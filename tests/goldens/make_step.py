@@ -203,13 +203,23 @@ def draw(path: str, shape: tuple[int, ...]) -> np.ndarray:
     return values * 0.25 if is_last_norm else values
 
 
+def draw_tree(tree: Mapping, prefix: str = "") -> dict:
+    """Nested dictionaries of the same shapes, drawn by path."""
+    return {
+        key: draw_tree(value, f"{prefix}{key}.")
+        if isinstance(value, Mapping)
+        else draw(prefix + key, value.shape)
+        for key, value in tree.items()
+    }
+
+
 def draw_state(network: Network) -> tuple[dict, dict]:
     """Parameters and running statistics of a network as nested dictionaries, float64."""
     model = PSPNet(
         network.options(dtype="float32"), network.num_classes, rng=np.random.default_rng(0)
     )
     _, params, batch_stats = split_model(model)
-    return _drawn(params), _drawn(batch_stats)
+    return draw_tree(params), draw_tree(batch_stats)
 
 
 def draw_batch(case: Case) -> tuple[np.ndarray, np.ndarray]:
@@ -252,9 +262,13 @@ def summarize(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
 
 def fingerprint(network: Network, *batch: np.ndarray) -> np.ndarray:
     """Sums over all inputs: tells a changed random stream from a changed network."""
-    params, batch_stats = draw_state(network)
-    sums = [np.abs(array).sum() for tree in (params, batch_stats) for _, array in flatten(tree)]
-    return np.array([sum(sums), *(array.sum(dtype=np.int64) for array in batch)])
+    return sums(*draw_state(network), *batch)
+
+
+def sums(params: Mapping, batch_stats: Mapping, *batch: np.ndarray) -> np.ndarray:
+    """Of the absolute values of a network's state, and of each array of a batch."""
+    state = [np.abs(array).sum() for tree in (params, batch_stats) for _, array in flatten(tree)]
+    return np.array([sum(state), *(array.sum(dtype=np.int64) for array in batch)])
 
 
 def torch_network(network: Network) -> "pspnet_torch.PSPNet":
@@ -318,22 +332,14 @@ def run_torch(case: Case) -> dict[str, np.ndarray]:
         "fingerprint": fingerprint(case, *draw_batch(case)),
         "logits": logits[:, ::LOGITS_EVERY, ::LOGITS_EVERY].astype(np.float32),
         "losses": np.array(first_losses),
-        **_stored("gradient", gradients, case.params),
-        **_stored("statistic", statistics, case.statistics),
-        **_stored("movement", movements, case.params),
+        **stored("gradient", gradients, case.params),
+        **stored("statistic", statistics, case.statistics),
+        **stored("movement", movements, case.params),
     }
 
 
-def _drawn(tree: Mapping, prefix: str = "") -> dict:
-    return {
-        key: _drawn(value, f"{prefix}{key}.")
-        if isinstance(value, Mapping)
-        else draw(prefix + key, value.shape)
-        for key, value in tree.items()
-    }
-
-
-def _stored(kind: str, arrays: Mapping[str, np.ndarray], full: tuple[str, ...]) -> dict:
+def stored(kind: str, arrays: Mapping[str, np.ndarray], full: tuple[str, ...]) -> dict:
+    """What a file holds of tensors: a summary of all, and the values of a few."""
     rows = {f"{kind}s": summarize(arrays)}
     return rows | {f"{kind}/{path}": arrays[path].astype(np.float32) for path in full}
 

@@ -1,0 +1,292 @@
+"""Writes lextal_*.npz: what PyTorch, in float64, makes of the variant with image-level supervision.
+
+    python tests/goldens/make_lextal.py
+
+in an environment with this package and torch; the test that reads the files needs no torch.
+
+* Parameters and running statistics are drawn by path, and tensors summarized, as in make_step.py.
+* Each file holds log_softmax of the logits and the presence logits in evaluation, then losses,
+  gradients and running statistics of one step in training mode, without dropout.
+* The torch side is `experiments/lextal_torch.py`. Only shapes and paths come from the package, which
+  has the parts of this network; `Network` puts them together.
+"""
+
+import functools
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import make_step
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from pspnet_jax.models.densenet import DenseNet
+from pspnet_jax.models.layers import TORCH_DEFAULT, BatchNorm, Conv, Linear
+from pspnet_jax.models.pyramid import PresenceHead, ProgressiveHead, PyramidPooling
+from pspnet_jax.models.resnet import ResNet
+from pspnet_jax.models.squeezenet import SqueezeNet
+
+if TYPE_CHECKING:
+    import torch
+
+NUM_CLASSES = 7
+BINS = (1, 2, 3, 6)
+LOGITS_EVERY = 4  # pixels, of the stored scores
+PRESENCE_WEIGHT = 0.7
+BIASES_BEFORE_A_NORM = tuple(f"head.up{k}.conv.bias" for k in (1, 2, 3))
+"""Which the norm takes away again: their gradients are 0 but for rounding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One golden file: a network, the size of its batch, and which tensors are stored in full."""
+
+    backbone: str
+    size: tuple[int, int]
+    """(height, width) of the images, pixels."""
+    params: tuple[str, ...]
+    statistics: tuple[str, ...]
+    width: int = 8
+    batch_size: int = 3
+    batch_draw: int = 0
+
+
+_HEAD_PARAMS = (
+    "head.fuse.bias",
+    "head.up1.norm.scale",
+    "head.up3.conv.kernel",
+    "head.up2.activation.slope",
+    "head.classifier.bias",
+    "head.up3.activation.slope",
+    "head.classifier.kernel",
+    "presence_head.hidden.bias",
+    "presence_head.classifier.kernel",
+    "presence_head.classifier.bias",
+)
+_HEAD_STATISTICS = (
+    "head.up1.norm.mean",
+    "head.up2.norm.variance",
+    "head.up3.norm.mean",
+    "head.up3.norm.variance",
+)
+
+CASES = {
+    # A map of 5 x 7: six bins are more than there are rows.
+    "resnet34": Case(
+        backbone="resnet34",
+        size=(40, 56),
+        params=(
+            "backbone.stem.conv1.kernel",
+            "backbone.layer3_0.norm1.bias",
+            "backbone.layer4_0.shortcut.norm.scale",
+            "backbone.layer4_2.norm2.scale",
+            *_HEAD_PARAMS,
+        ),
+        statistics=(
+            "backbone.stem.norm1.mean",
+            "backbone.layer3_0.norm1.variance",
+            "backbone.layer4_2.norm2.mean",
+            *_HEAD_STATISTICS,
+        ),
+    ),
+    # A map of 6 x 6, which every bin divides.
+    "resnet50": Case(
+        backbone="resnet50",
+        size=(48, 48),
+        params=(
+            "backbone.stem.conv1.kernel",
+            "backbone.layer3_0.norm2.bias",
+            "backbone.layer4_0.shortcut.norm.scale",
+            "backbone.layer4_2.norm3.scale",
+            *_HEAD_PARAMS,
+        ),
+        statistics=(
+            "backbone.stem.norm1.variance",
+            "backbone.layer3_0.norm2.variance",
+            "backbone.layer4_2.norm3.mean",
+            *_HEAD_STATISTICS,
+        ),
+    ),
+    # A map of 8 x 6: bin 3 divides one side, bin 6 too.
+    "squeezenet": Case(
+        backbone="squeezenet",
+        size=(64, 48),
+        params=(
+            "backbone.conv1.kernel",
+            "backbone.conv1.bias",
+            "backbone.layer2_0.squeeze.kernel",
+            "backbone.layer3_0.expand3.kernel",
+            "backbone.layer4_0.expand1.bias",
+            "backbone.layer4_3.expand3.bias",
+            *_HEAD_PARAMS,
+        ),
+        statistics=_HEAD_STATISTICS,
+    ),
+    # A map of 5 x 6.
+    "densenet121": Case(
+        backbone="densenet121",
+        size=(40, 48),
+        params=(
+            "backbone.stem.conv1.kernel",
+            "backbone.layer1_0.norm1.scale",
+            "backbone.layer2_11.conv2.kernel",
+            "backbone.layer3_23.norm2.bias",
+            "backbone.layer4_15.conv2.kernel",
+            "backbone.transition1.conv.kernel",
+            "backbone.transition3.norm.scale",
+            *_HEAD_PARAMS,
+        ),
+        statistics=(
+            "backbone.stem.norm1.variance",
+            "backbone.layer1_5.norm1.mean",
+            "backbone.layer4_15.norm2.variance",
+            "backbone.transition2.norm.mean",
+            *_HEAD_STATISTICS,
+        ),
+    ),
+}
+
+
+class Network(nnx.Module):
+    """The parts of the package in the arrangement of the variant, without dropout."""
+
+    def __init__(self, case: Case, *, dtype: DTypeLike):
+        rng, width = np.random.default_rng(0), case.width
+        bound = {"initializer": TORCH_DEFAULT, "dtype": dtype}
+        conv, linear = functools.partial(Conv, **bound), functools.partial(Linear, **bound)
+        rest = {"conv": conv, "norm": functools.partial(BatchNorm), "rng": rng}
+        self.backbone = _make_backbone(case, dtype=dtype, rng=rng)
+        self.pyramid = PyramidPooling(
+            self.backbone.stage4_channels,
+            bins=BINS,
+            pool="average",
+            reduction=False,
+            linear=True,
+            map_first=False,
+            align_corners=True,
+            **rest,
+        )
+        self.head = ProgressiveHead(
+            self.pyramid.out_channels,
+            16 * width,
+            NUM_CLASSES,
+            dropout_rate=0.0,
+            align_corners=True,
+            **rest,
+        )
+        self.presence_head = PresenceHead(
+            self.backbone.stage3_channels, 4 * width, NUM_CLASSES, linear=linear, rng=rng
+        )
+
+    def __call__(self, images: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
+        """Logits and presence logits of normalized images."""
+        features = self.backbone(images, train=train)
+        pyramid = self.pyramid(features.stage4, train=train)
+        logits = self.head(pyramid, train=train, key=None)
+        return logits, self.presence_head(features.stage3)
+
+
+def _make_backbone(case: Case, *, dtype: DTypeLike, rng: np.random.Generator) -> nnx.Module:
+    bound = {"width": case.width, "remat": False, "dtype": dtype, "rng": rng}
+    if case.backbone == "squeezenet":
+        return SqueezeNet(case.backbone, **bound)
+    if case.backbone == "densenet121":
+        return DenseNet(case.backbone, frozen_norm=False, **bound)
+    return ResNet(
+        case.backbone,
+        stem="7x7",
+        output_stride=8,
+        first_block_dilation=(1, 1),
+        frozen_norm=False,
+        **bound,
+    )
+
+
+def draw_state(case: Case) -> tuple[dict, dict]:
+    """Parameters and running statistics as nested dictionaries, float64."""
+    model = nnx.eval_shape(lambda: Network(case, dtype=jnp.float32))
+    _, *trees = nnx.split(model, nnx.Param, nnx.BatchStat)
+    params, batch_stats = (make_step.draw_tree(nnx.to_pure_dict(tree)) for tree in trees)
+    return params, batch_stats
+
+
+def draw_batch(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels as in make_step.py, but four classes in each image: three are not present."""
+    images, labels = make_step.draw_batch(case)
+    rng = make_step.generator(f"classes of {case.backbone}")
+    present = np.stack([rng.permutation(NUM_CLASSES)[:4] for _ in labels])
+    chosen = np.stack([classes[mask % 4] for classes, mask in zip(present, labels, strict=True)])
+    return images, np.where(labels == 255, 255, chosen).astype(np.uint8)
+
+
+def class_weights() -> np.ndarray:
+    """One number per class for both losses, float64."""
+    return make_step.generator("class weights").uniform(0.5, 1.5, NUM_CLASSES)
+
+
+def fingerprint(case: Case) -> np.ndarray:
+    """Sums over all inputs, as in make_step.py."""
+    return make_step.sums(*draw_state(case), *draw_batch(case))
+
+
+def run_torch(case: Case) -> dict[str, np.ndarray]:
+    """Everything a golden file holds, by PyTorch in float64."""
+    import lextal_torch
+    import pspnet_torch
+    import torch
+
+    params, batch_stats = draw_state(case)
+    model = lextal_torch.PSPNet(
+        case.backbone, NUM_CLASSES, width=case.width, bins=BINS, dropout_rates=(0.0, 0.0)
+    ).double()
+    lextal_torch.load_parameters(model, params, batch_stats, backbone=case.backbone, bins=BINS)
+    images, labels = map(torch.from_numpy, draw_batch(case))
+    inputs = pspnet_torch.normalize(images, torch.float64)
+
+    def collect(tree: Mapping, tensors: Mapping[str, "torch.Tensor"]) -> dict[str, np.ndarray]:
+        """Tensors of the state_dict under our paths, in our axes."""
+        keys = {path: lextal_torch.torch_key(path, case.backbone, BINS) for path, _ in paths(tree)}
+        return {
+            path: np.array(lextal_torch.from_torch(tensors[key].detach().numpy()))
+            for path, key in keys.items()
+        }
+
+    paths = make_step.flatten
+    model.eval()
+    with torch.no_grad():
+        logits, presence_logits = model(inputs)
+    scores = torch.log_softmax(logits, dim=1).permute(0, 2, 3, 1).numpy()
+    model.train()
+    losses = lextal_torch.variant_loss(
+        *model(inputs),
+        labels.long(),
+        presence_weight=PRESENCE_WEIGHT,
+        class_weights=torch.from_numpy(class_weights()),
+    )
+    losses[0].backward()
+    gradients = {key: p.grad for key, p in model.named_parameters(remove_duplicate=False)}
+    return {
+        "fingerprint": fingerprint(case),
+        "log_probabilities": scores[:, ::LOGITS_EVERY, ::LOGITS_EVERY].astype(np.float32),
+        "presence_logits": presence_logits.numpy(),
+        "losses": np.array([loss.item() for loss in losses]),
+        **make_step.stored("gradient", collect(params, gradients), case.params),
+        **make_step.stored("statistic", collect(batch_stats, model.state_dict()), case.statistics),
+    }
+
+
+def main() -> None:
+    """Write every golden file beside this one."""
+    sys.path.insert(0, str(make_step.FOLDER.parent.parent / "experiments"))
+    for name, case in CASES.items():
+        path = make_step.FOLDER / f"lextal_{name}.npz"
+        np.savez_compressed(path, **run_torch(case))
+        print(f"{path.name}: {path.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main()

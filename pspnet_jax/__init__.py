@@ -18,3 +18,7 @@ def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'pspnet_jax' has no attribute '{name}'")
     return getattr(importlib.import_module(f"pspnet_jax.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -55,7 +55,7 @@ def evaluate(
         if time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
             last_line = time.monotonic()
             rate = num_done / (last_line - start)
-            log.info("evaluated %d/%d images, %.1f images/s", num_done, len(source), rate)
+            log.info("evaluated %d/%d images, %.2g images/s", num_done, len(source), rate)
     seconds = time.monotonic() - start
     return Evaluation(confusion, num_done, seconds, predictions, protocol, label_set)
 
@@ -157,7 +157,8 @@ def _find_data(
         run_config = Path(checkpoint) / "config.json"
         if not run_config.is_file():
             raise ValueError(
-                f"{checkpoint} has no config.json: say where the data is with --config=FILE"
+                f"{checkpoint} has no config.json: say where the data is, e.g. with "
+                "--config=configs/ade20k.py --config.data.root=DIR"
             )
         config, label_set = config_module.from_json(run_config.read_text()), stored_set
     if label_set.names != stored_set.names:

@@ -47,5 +47,11 @@ def run(checkpoint: str, *, format: str, output: str, step: str = "best") -> Pat
         "pyramid_bins": json.dumps(options.pyramid_bins),  # the names only number the levels
     }
     safetensors.write(target, published, metadata)
-    log.info("%d tensors with the names of %s -> %s", len(published), table.source, target)
+    log.info(
+        "%d tensors and %d counters of norms with the names of %s -> %s",
+        len(arrays),
+        len(published) - len(arrays),
+        table.source,
+        target,
+    )
     return target

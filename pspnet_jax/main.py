@@ -19,6 +19,11 @@ from ml_collections import config_flags
 
 from pspnet_jax.config import option_names
 
+_USED_BY_EVALUATE = (
+    "--config.data.",
+    "--config.evaluate.split=",
+    "--config.evaluate.batch_size=",
+)
 _MISSING_CONFIG = "--config=FILE is missing, e.g. --config=configs/scenes.py"
 
 
@@ -42,7 +47,7 @@ def _define_evaluate(values: flags.FlagValues, argv: list[str]) -> None:
         "scales", None, "Factors of base_size, e.g. 0.5,0.75,1,1.25,1.5,1.75.", flag_values=values
     )
     flags.DEFINE_boolean(
-        "flip", None, "Average with the mirror image (default: the protocol's).", flag_values=values
+        "flip", None, "Average with the mirror image; --noflip: do not.", flag_values=values
     )
     flags.DEFINE_integer(
         "base_size",
@@ -222,6 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise flags.Error(
                 f"leftover words: {' '.join(words)} (values are given as --option=value)"
             )
+        _refuse_unused_options(name, rest)
     except (flags.Error, AttributeError, KeyError, TypeError) as error:
         return _fail(2, f"{_explain(error, rest)}\n\nusage: {verb.usage}")
     return _run(verb, values, words)
@@ -244,11 +250,27 @@ def verb_help(name: str) -> str:
     for flag_name in sorted(values):
         if flag_name in ("help", "helpshort", "helpfull", "helpxml", "flagfile", "undefok"):
             continue
-        lines.append(f"  --{flag_name:<12}{values[flag_name].help}")
-    if "config" in values:
+        lines.append(f"  --{flag_name:<14}{values[flag_name].help}")
+    if name == "evaluate":
+        lines += ["", "options of the config: " + ", ".join(f"{o}*" for o in _USED_BY_EVALUATE)]
+    elif "config" in values:
         lines += ["", "options (--config.NAME=VALUE; explained in pspnet_jax/config.py):"]
         lines += [f"  {option}" for option in option_names()]
     return "\n".join(lines)
+
+
+def _refuse_unused_options(verb: str, argv: list[str]) -> None:
+    """`evaluate` takes its data from a config; the rest of it must not be changed in vain."""
+    unused = [
+        word.split("=")[0]
+        for word in argv
+        if word.startswith("--config.") and not word.startswith(_USED_BY_EVALUATE)
+    ]
+    if verb == "evaluate" and unused:
+        raise flags.Error(
+            f"evaluate does not use {', '.join(unused)}: of a config it takes data.*, evaluate.split and "
+            "evaluate.batch_size; the protocol has flags of its own (--protocol, --scales, --noflip, ...)"
+        )
 
 
 def _define_config(values: flags.FlagValues, argv: list[str]) -> None:

@@ -71,6 +71,9 @@ def read_weights(path: Path | str, *, bins: Sequence[int]) -> tuple[Weights, Lab
         path: folder or file.
         bins: of the pyramid, because published files only number its levels.
     """
+    files = sorted(Path(path).glob("*.safetensors"))
+    if len(files) == 1 and not (Path(path) / "checkpoints").exists():
+        path = files[0]  # the folder of a converted backbone
     if Path(path).is_dir():
         stored = read_checkpoint(path, step="best")
         log.info("%s: step %d", path, stored.step)

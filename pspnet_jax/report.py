@@ -166,6 +166,8 @@ def markdown(contents: dict) -> str:
         lines += ["| group | mean IoU |", "|---|---|"]
         lines += [f"| {name} | {_percent(iou)} |" for name, iou in contents["groups"].items()]
         lines.append("")
+    absent = "counts as 0" if contents["protocol"]["absent_class"] == "zero" else "is left out"
+    lines += [f"A class that nobody drew and nobody predicted (-) {absent} in the means.", ""]
     lines += ["| id | class | IoU | accuracy | pixels |", "|---|---|---|---|---|"]
     for row in contents["classes"]:
         values = f"{_percent(row['iou'])} | {_percent(row['accuracy'])} | {row['pixels']:,}"

@@ -286,7 +286,8 @@ def choose_step(folder: CheckpointFolder, step: str | int) -> int:
     steps = folder.steps()
     if not steps:
         raise FileNotFoundError(
-            f"{folder.path} holds no checkpoint; a run is loaded by its folder (runs/<name>)"
+            f"{folder.path} holds no checkpoint; a run is loaded by its folder (runs/<name>), published "
+            "weights are converted first (pspnet convert)"
         )
     if step == "best":
         return folder.best_step()
@@ -302,7 +303,8 @@ def choose_step(folder: CheckpointFolder, step: str | int) -> int:
 
 def _check_raw(image: np.ndarray, protocol: Protocol) -> None:
     """Floating images may be normalized ones; a protocol that resizes could not tell."""
-    if protocol.slides and (image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3):
+    is_photograph = image.dtype == np.uint8 and image.ndim == 3 and image.shape[-1] == 3
+    if protocol.slides and not (is_photograph and image.size):
         raise ValueError(
             f"the image is {image.dtype}{list(image.shape)}; protocol '{protocol.name}' resizes images, it "
             "needs uint8 [height, width, 3] as read from a file"

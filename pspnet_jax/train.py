@@ -141,11 +141,12 @@ class Run:
     def evaluate(self, step: int, state: TrainState, progress: Progress) -> float:
         """Write the report of the parameters at hand; returns the mean IoU.
 
-        Where that fails (an unreadable mask, say), the step is saved first: nothing learned is lost.
+        Where that fails or is interrupted (an unreadable mask, Ctrl-C), the step is saved first: nothing
+        learned is lost.
         """
         try:
             return self._evaluate(step, state, progress)
-        except Exception:
+        except BaseException:
             self.save(step, state, None)
             raise
 

@@ -132,8 +132,12 @@ def override(protocol: Protocol, **options: Any) -> Protocol:
             f"protocol '{protocol.name}' takes whole images: it has no {', '.join(foreign)} ({having} has)"
         )
     for name in {"crop_size", "stride"} & set(options):
+        if isinstance(options[name], int):
+            options[name] = (options[name], options[name])
         if len(options[name]) != 2 or min(options[name]) < 1:
             raise ValueError(f"{name}={options[name]} must be (height, width), pixels: 473,473")
+    if isinstance(options.get("scales"), float | int):
+        options["scales"] = (float(options["scales"]),)
     if "crop_size" in options or protocol.stride is None:
         crop_size = options.get("crop_size", protocol.crop_size)
         options.setdefault("stride", crop_size and _stride_rule(crop_size))

@@ -127,6 +127,7 @@ def test_report_and_pictures(tmp_path):
     panels = sorted(path.name for path in (tmp_path / "panels").iterdir())
     assert panels == [f"{i:06d}.png" for i in report.panel_indices(11)] + ["overview.png"]
     text = (tmp_path / "report.md").read_text()
+    assert "(-) is left out in the means" in text
     assert "Protocol: name=whole, flip=True, absent_class=skip, scales=(1.0,)" in text
     assert "| 3 | road |" in text
 

@@ -112,6 +112,13 @@ def test_predict_overwrites_only_when_told(run, data, tmp_path, capsys):
         (["evaluate", "--output=x"], "--checkpoint=... is missing"),
         (["evaluate", "--overwrite", "--checkpoint=x"], "overwrite"),
         (["predict", "--checkpoint=x", "a.jpg"], "--output=... is missing"),
+        (
+            ["evaluate", "--checkpoint=x", f"--config={CONFIG}", "--config.evaluate.flip=False"],
+            "evaluate does not use --config.evaluate.flip",
+        ),
+        (["evaluate", "--checkpoint=x", "--crop_size=a"], "--crop_size=a must be numbers"),
+        (["export", "--checkpoint=x", "--output=y"], "--format=... is missing"),
+        (["convert", "weights.pth"], "--output=... is missing"),
         (["evalute"], "unknown verb 'evalute' (did you mean 'evaluate'?)"),
         (["--config", "nowhere.py"], "--config=nowhere.py: there is no such file"),
         (["--config=nowhere.py"], "--config=nowhere.py: there is no such file"),

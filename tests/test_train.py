@@ -165,6 +165,16 @@ def damage(folder, step):
     largest.write_bytes(largest.read_bytes()[:100])
 
 
+def test_an_interrupt_while_evaluating_loses_no_step(data, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_module.evaluate, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(data, train__num_steps=1), tmp_path)
+    assert CheckpointFolder(tmp_path / "checkpoints").steps() == [1]
+
+
 def test_where_no_checkpoint_can_be_read_nothing_is_started_anew(data, tmp_path):
     train(tiny(data, train__num_steps=4), tmp_path)
     folder = CheckpointFolder(tmp_path / "checkpoints")

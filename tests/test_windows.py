@@ -166,6 +166,13 @@ def test_another_crop_has_another_stride_unless_it_is_given():
     assert override(override(usual, stride=(10, 20)), crop_size=(90, 90)).stride == (60, 60)
 
 
+def test_one_number_stands_for_both_sides_and_one_scale_for_all():
+    usual = choose("semseg", ADE20K)
+    assert override(usual, crop_size=90, stride=30, scales=2) == override(
+        usual, crop_size=(90, 90), stride=(30, 30), scales=(2.0,)
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "label"),
     [

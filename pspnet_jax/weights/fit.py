@@ -21,6 +21,7 @@ Shape = tuple[int, ...]
 CLASSIFIER = r"(head|aux_head)\.classifier\.(kernel|bias)"
 HEADS = r"(pyramid|head|aux_head)\..*"
 
+_BLOCK = re.compile(r"backbone\.layer(\d+)_(\d+)\.(\w+)")
 _NUM_SHOWN = 12  # of each kind of fault
 
 
@@ -84,8 +85,9 @@ def fit(
     faults.unknown += [weights.keys[path] for path in weights.arrays if path not in used]
     faults.unknown += [key for key, mean in weights.counters.items() if mean not in used]
     if faults != _Faults():
-        stems = (_stem(weights.arrays), _stem(wanted))
-        raise MisfitError("\n  ".join([f"{where} does not fit:", *_lines(faults, stems)]))
+        causes = [*_causes_in_backbone(weights.arrays, wanted)] or [*_causes(faults)]
+        lines = [*_lines(faults), *(f"likely cause: {cause}" for cause in causes)]
+        raise MisfitError("\n  ".join([f"{where} does not fit:", *lines]))
     unused = [weights.keys[path] for path in reinitialized if path in weights.keys]
     return Fit(loaded, tuple(reinitialized), (*weights.left_out, *unused))
 
@@ -106,12 +108,8 @@ def _fault_of_values(array: np.ndarray, loaded: np.ndarray, path: str) -> str | 
     return None
 
 
-def _stem(paths: Iterable[str]) -> str:
-    return "deep" if any(path.startswith("backbone.stem.conv2") for path in paths) else "7x7"
-
-
-def _lines(faults: _Faults, stems: tuple[str, str]) -> list[str]:
-    """One line a fault, a few of each kind, then the likely causes."""
+def _lines(faults: _Faults) -> list[str]:
+    """One line a fault, a few of each kind."""
     kinds = (
         [f"{printable(key)} is missing" for key in faults.missing],
         [f"{printable(key)} is not known" for key in faults.unknown],
@@ -126,18 +124,44 @@ def _lines(faults: _Faults, stems: tuple[str, str]) -> list[str]:
         lines += kind[:_NUM_SHOWN]
         if len(kind) > _NUM_SHOWN:
             lines.append(f"... and {len(kind) - _NUM_SHOWN} more like that")
-    return lines + [f"likely cause: {cause}" for cause in _causes(faults, stems)]
+    return lines
 
 
-def _causes(faults: _Faults, stems: tuple[str, str]) -> Iterable[str]:
+def _causes_in_backbone(have: Iterable[str], want: Iterable[str]) -> Iterable[str]:
+    """Differences of kind between two residual networks; one of them explains a hundred keys."""
+    (blocks, convs), (wanted_blocks, wanted_convs) = _blocks(have), _blocks(want)
+    if (
+        sum(abs(a - b) for a, b in zip(blocks, wanted_blocks, strict=True)) > 1
+        or convs != wanted_convs
+    ):
+        yield (
+            f"the file's stages have {blocks} blocks of {convs} convolutions, the network's "
+            f"{wanted_blocks} of {wanted_convs}: another depth (--config.model.backbone)"
+        )
+    stem, wanted_stem = _stem(have), _stem(want)
+    if stem != wanted_stem:
+        yield (
+            f"the file's stem is {stem}, the network's {wanted_stem}: torchvision's ResNets have 7x7, the "
+            f"authors' ImageNet files deep (--config.model.stem={stem})"
+        )
+
+
+def _stem(paths: Iterable[str]) -> str:
+    return "deep" if any(path.startswith("backbone.stem.conv2") for path in paths) else "7x7"
+
+
+def _blocks(paths: Iterable[str]) -> tuple[tuple[int, ...], int]:
+    """Blocks of each stage, and convolutions of most blocks."""
+    found = [match.groups() for match in map(_BLOCK.match, paths) if match]
+    blocks = {(stage, block) for stage, block, _ in found}
+    threes = {(stage, block) for stage, block, leaf in found if leaf == "conv3"}
+    counts = tuple(sum(stage == str(n) for stage, _ in blocks) for n in range(1, 5))
+    return counts, 3 if 2 * len(threes) > len(blocks) else 2
+
+
+def _causes(faults: _Faults) -> Iterable[str]:
     """What most often lies behind such faults, the most telling first."""
     missing, unknown, shapes = faults.missing, faults.unknown, faults.shapes
-    if stems[0] != stems[1] and (missing or unknown or shapes):
-        yield (
-            f"the file's stem is {stems[0]}, the network's {stems[1]}: torchvision's ResNets have 7x7, the "
-            f"authors' ImageNet files deep; --config.model.stem={stems[0]} takes this file"
-        )
-        return
     for key in list(missing)[:3]:
         nearest = difflib.get_close_matches(key, unknown, n=1, cutoff=0.8)
         if nearest:
@@ -151,7 +175,7 @@ def _causes(faults: _Faults, stems: tuple[str, str]) -> Iterable[str]:
     elif len(levels) > 1:
         yield "the file's pyramid has other bins than the network's, or none"
     elif len(shapes) > _NUM_SHOWN:
-        yield "the file has another width, or other blocks"
+        yield "the file has another width (--config.model.width)"
     elif len(unknown) > 1 and not missing and not shapes:
         yield "the file has more than this network: another depth or family"
     elif len(missing) > 1 and not unknown and not shapes:

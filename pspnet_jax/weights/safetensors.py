@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from pspnet_jax.weights.pytorch import WeightsFileError
 
@@ -38,6 +38,8 @@ def write(path: Path | str, arrays: Mapping[str, np.ndarray], metadata: Mapping[
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")
-    # The library writes the buffer as it lies in memory, whatever its strides.
-    save_file({k: np.asarray(v, order="C") for k, v in arrays.items()}, unfinished, dict(metadata))
+    # The library takes the buffer as it lies in memory, whatever its strides; written by it, the file
+    # would be readable by its owner alone.
+    contiguous = {key: np.asarray(array, order="C") for key, array in arrays.items()}
+    unfinished.write_bytes(save(contiguous, dict(metadata)))
     unfinished.replace(path)

@@ -16,8 +16,8 @@ import optax
 from flax import nnx, struct
 from jax.typing import DTypeLike
 
-from pspnet_jax.arrays import Batch, Images, RawImages, Scalar
-from pspnet_jax.losses import segmentation_loss
+from pspnet_jax.arrays import Batch, Images, Labels, Outputs, RawImages, Scalar
+from pspnet_jax.losses import ClassWeights, Losses, presence_accuracy, segmentation_loss
 from pspnet_jax.models.pspnet import FAMILIES, Normalization, PSPNet
 from pspnet_jax.optimizer import Schedule
 
@@ -73,6 +73,8 @@ def make_train_step(
     schedule: Schedule,
     *,
     aux_weight: float,
+    presence_weight: float = 0.0,
+    class_weights: ClassWeights = None,
     seed: int,
 ) -> TrainStep:
     """The function (state, batch) -> (next state, metrics) of a network and its optimizer.
@@ -80,12 +82,15 @@ def make_train_step(
     Args:
         model: gives the structure; its values are not used.
         schedule: step -> learning rate, for the metrics (the optimizer has its own).
-        aux_weight: of the auxiliary loss.
+        aux_weight: of the auxiliary loss, pixel by pixel.
+        presence_weight: of the loss of which classes are in the image.
+        class_weights: of every loss.
         seed: of dropout.
 
     Returns:
         A pure function. Metrics are scalars: loss, main_loss, aux_loss (nats per valid pixel of the
-        global batch), learning_rate (of the backbone), gradient_norm, skipped_steps.
+        global batch), learning_rate (of the backbone), gradient_norm, skipped_steps; where the network
+        has a presence head, presence_loss (nats per image and class) and presence_accuracy (0..1).
     """
     graphdef, _, _ = split_model(model)
     options = model.options
@@ -100,21 +105,24 @@ def make_train_step(
             model = nnx.merge(graphdef, params, state.batch_stats)
             outputs = model(images, train=True, key=key)
             losses = segmentation_loss(
-                outputs, batch.labels, aux_weight=aux_weight, align_corners=options.align_corners
+                outputs,
+                batch.labels,
+                aux_weight=aux_weight,
+                presence_weight=presence_weight,
+                class_weights=class_weights,
+                align_corners=options.align_corners,
             )
-            return losses.total, (losses, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
+            batch_stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+            return losses.total, (_loss_metrics(losses, outputs, batch.labels), batch_stats)
 
         gradient_of = jax.value_and_grad(loss_of, has_aux=True)
-        (_, (losses, batch_stats)), gradients = gradient_of(state.params)
+        (loss, (metrics, batch_stats)), gradients = gradient_of(state.params)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         gradient_norm = optax.tree.norm(gradients)
         proposed = TrainState(state.step + 1, params, batch_stats, opt_state, state.skipped_steps)
-        next_state = _if_finite(losses.total + gradient_norm, proposed, state)
-        return next_state, {
-            "loss": losses.total,
-            "main_loss": losses.main,
-            "aux_loss": losses.aux,
+        next_state = _if_finite(loss + gradient_norm, proposed, state)
+        return next_state, metrics | {
             # The optimizer counts the steps it took; a skipped one does not move its schedule.
             "learning_rate": jnp.asarray(schedule(state.step - state.skipped_steps)),
             "gradient_norm": gradient_norm,
@@ -122,6 +130,14 @@ def make_train_step(
         }
 
     return train_step
+
+
+def _loss_metrics(losses: Losses, outputs: Outputs, labels: Labels) -> Metrics:
+    metrics = {"loss": losses.total, "main_loss": losses.main, "aux_loss": losses.aux}
+    if outputs.presence_logits is not None:
+        metrics["presence_loss"] = losses.presence
+        metrics["presence_accuracy"] = presence_accuracy(outputs.presence_logits, labels)
+    return metrics
 
 
 def _if_finite(value: Scalar, proposed: TrainState, state: TrainState) -> TrainState:

@@ -1,9 +1,10 @@
-"""PSPNet: a dilated backbone, pyramid pooling, a fusing head, and an auxiliary head on stage 3.
+"""PSPNet: a dilated backbone, pyramid pooling, a head, and auxiliary heads on stage 3.
 
-* What a published PSPNet does is a row of `FAMILIES`; every option can be overridden one by one.
+* What a published PSPNet does is a row of `FAMILIES`; every option can be overridden one by one. Nothing
+  below that table asks for a family's name.
 * `ModelOptions` is complete (nothing None) and plain data: it travels in checkpoints.
-* The network returns `Outputs` at head resolution, the same structure in training and evaluation. The
-  auxiliary head runs only in training; its parameters always exist, as in the authors' checkpoints.
+* The network returns `Outputs` at head resolution, the same structure in training and evaluation.
+  Auxiliary heads run only in training; their parameters always exist, as in the authors' checkpoints.
 * Images whose sides break the size rule are refused here; `segmenter` pads, the crop of training fits.
 """
 
@@ -17,12 +18,38 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pspnet_jax.arrays import Images, Outputs
-from pspnet_jax.models.layers import HE_FAN_OUT, TORCH_DEFAULT, BatchNorm, Conv, RandomNumbers
-from pspnet_jax.models.pyramid import POOLS, ClassifierHead, PyramidPooling
-from pspnet_jax.models.resnet import DEPTHS, OUTPUT_STRIDES, STEMS, ResNet
+from pspnet_jax.models import densenet, resnet, squeezenet
+from pspnet_jax.models.layers import (
+    HE_FAN_OUT,
+    TORCH_DEFAULT,
+    BatchNorm,
+    Conv,
+    Initializer,
+    Linear,
+    RandomNumbers,
+)
+from pspnet_jax.models.pyramid import (
+    POOLS,
+    ClassifierHead,
+    PresenceHead,
+    ProgressiveHead,
+    PyramidPooling,
+)
 
-HEAD_CHANNELS_PER_WIDTH = 8  # 512 channels of the fusing head at the published width 64
-AUX_CHANNELS_PER_WIDTH = 4  # 256 channels of the auxiliary head
+Backbone = resnet.ResNet | densenet.DenseNet | squeezenet.SqueezeNet
+
+BACKBONES = (*resnet.DEPTHS, *densenet.DEPTHS, *squeezenet.VERSIONS)
+# What a backbone that is no ResNet has once and for all.
+_FIXED = {"output_stride": 8, "first_block_dilation": (1, 1)}
+FIXED_OPTIONS: dict[str, Mapping[str, Any]] = {
+    **dict.fromkeys(densenet.DEPTHS, {"stem": "7x7", **_FIXED}),
+    **dict.fromkeys(squeezenet.VERSIONS, {"stem": "3x3", **_FIXED}),
+}
+
+# Head after the pyramid -> its hidden channels, in units of the width.
+HEADS = {"fused": 8, "progressive": 16}  # 512 and 1024 at the published width 64
+AUX_HEADS = ("pixel", "presence")
+AUX_CHANNELS_PER_WIDTH = 4  # 256 hidden channels of either auxiliary head
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
 
@@ -77,14 +104,42 @@ FAMILIES = {
             "pyramid_bins": (1, 2, 3, 6),
             "pyramid_pool": "average",
             "pyramid_reduction": True,
+            "pyramid_linear": False,
+            "pyramid_map_first": True,
+            "head": "fused",
+            "aux_heads": ("pixel",),
             "align_corners": True,
             "dropout_rate": 0.1,
             "initializer": "semseg",
         },
     ),
+    "lextal": Family(
+        source="Lextal/pspnet-pytorch, the variant with image-level supervision; sides of 8n because its "
+        "head doubles the map three times. align_corners as PyTorch of its time behaved; images are "
+        "normalized for the ImageNet weights that its backbones start from",
+        normalization=IMAGENET_8BIT,
+        protocol="whole",
+        size_multiple=8,
+        size_remainder=0,
+        options={
+            "stem": "7x7",
+            "output_stride": 8,
+            "first_block_dilation": (1, 1),
+            "pyramid_bins": (1, 2, 3, 6),
+            "pyramid_pool": "average",
+            "pyramid_reduction": False,
+            "pyramid_linear": True,
+            "pyramid_map_first": False,
+            "head": "progressive",
+            "aux_heads": ("presence",),
+            "align_corners": True,
+            "dropout_rate": 0.3,
+            "initializer": "semseg",
+        },
+    ),
 }
 
-# family -> how (backbone, heads) are initialized
+# Name -> how (backbone, heads) are initialized.
 INITIALIZERS = {"semseg": (HE_FAN_OUT, TORCH_DEFAULT)}
 
 
@@ -101,6 +156,10 @@ class ModelOptions:
     pyramid_bins: tuple[int, ...]
     pyramid_pool: str
     pyramid_reduction: bool
+    pyramid_linear: bool
+    pyramid_map_first: bool
+    head: str
+    aux_heads: tuple[str, ...]
     align_corners: bool
     dropout_rate: float
     initializer: str
@@ -115,34 +174,45 @@ class ModelOptions:
         Raises:
             ValueError: naming the option, its value and what is possible.
         """
-        family = section["family"]
+        family, backbone = section["family"], section["backbone"]
         _known("family", family, FAMILIES)
+        _known("backbone", backbone, BACKBONES)
+        fixed = FIXED_OPTIONS.get(backbone, {})
         values: dict[str, Any] = {}
         for field in fields(cls):
-            value = section[field.name]
-            value = FAMILIES[family].options[field.name] if value is None else value
+            # What was written before an option existed does not have it: the family's value is meant.
+            value = section.get(field.name)
+            if value is None:
+                value = (FAMILIES[family].options | fixed)[field.name]
             values[field.name] = tuple(value) if isinstance(value, list | tuple) else value
+            if field.name in fixed and values[field.name] != fixed[field.name]:
+                raise ValueError(
+                    f"model.{field.name}={value!r} is not possible with backbone={backbone}, "
+                    f"which has {fixed[field.name]!r}: leave it out, or choose a ResNet"
+                )
         options = cls(**values)
         options._check()
         return options
 
     def _check(self) -> None:
-        _known("backbone", self.backbone, DEPTHS)
-        _known("stem", self.stem, STEMS)
-        _known("output_stride", self.output_stride, OUTPUT_STRIDES)
+        if self.backbone in resnet.DEPTHS:
+            _known("stem", self.stem, resnet.STEMS)
+            _known("output_stride", self.output_stride, resnet.OUTPUT_STRIDES)
         _known("pyramid_pool", self.pyramid_pool, POOLS)
+        _known("head", self.head, HEADS)
         _known("initializer", self.initializer, INITIALIZERS)
         _known("dtype", self.dtype, DTYPES)
+        for name in self.aux_heads:
+            _known("aux_heads", name, AUX_HEADS)
         if self.dtype == "float64" and not jax.config.read("jax_enable_x64"):
             raise ValueError("model.dtype='float64' needs JAX_ENABLE_X64=1, else it is float32")
         bins = self.pyramid_bins
         if len(set(bins)) != len(bins) or any(b < 1 for b in bins):
             raise ValueError(f"model.pyramid_bins={bins} must be different numbers of at least 1")
-        channels = self.width * 8 * DEPTHS[self.backbone][0].expansion
-        if bins and self.pyramid_reduction and channels % len(bins):
+        if self.head == "progressive" and self.output_stride != 8:
             raise ValueError(
-                f"model.pyramid_bins={bins}: {channels} channels cannot be divided into {len(bins)} "
-                "equal levels; choose another number of bins or --config.model.pyramid_reduction=False"
+                f"model.head='progressive' doubles the map three times: it needs output_stride=8, not "
+                f"{self.output_stride}"
             )
 
 
@@ -159,18 +229,7 @@ class PSPNet(nnx.Module):
         dtype = DTYPES[options.dtype]
         for_backbone, for_heads = INITIALIZERS[options.initializer]
         self.options, self.num_classes = options, num_classes
-        self.backbone = ResNet(
-            options.backbone,
-            width=options.width,
-            stem=options.stem,
-            output_stride=options.output_stride,
-            first_block_dilation=options.first_block_dilation,
-            frozen_norm=options.frozen_norm,
-            remat=options.remat,
-            initializer=for_backbone,
-            dtype=dtype,
-            rng=rng,
-        )
+        self.backbone = _make_backbone(options, initializer=for_backbone, rng=rng)
         conv = functools.partial(Conv, initializer=for_heads, dtype=dtype)
         norm = functools.partial(BatchNorm, frozen=options.frozen_norm)
         self.pyramid = PyramidPooling(
@@ -178,12 +237,14 @@ class PSPNet(nnx.Module):
             bins=options.pyramid_bins,
             pool=options.pyramid_pool,
             reduction=options.pyramid_reduction,
+            linear=options.pyramid_linear,
+            map_first=options.pyramid_map_first,
             align_corners=options.align_corners,
             conv=conv,
             norm=norm,
             rng=rng,
         )
-        head = functools.partial(
+        make_head = functools.partial(
             ClassifierHead,
             num_classes=num_classes,
             dropout_rate=options.dropout_rate,
@@ -191,8 +252,32 @@ class PSPNet(nnx.Module):
             norm=norm,
             rng=rng,
         )
-        self.head = head(self.pyramid.out_channels, HEAD_CHANNELS_PER_WIDTH * options.width)
-        self.aux_head = head(self.backbone.stage3_channels, AUX_CHANNELS_PER_WIDTH * options.width)
+        hidden = HEADS[options.head] * options.width
+        aux_hidden = AUX_CHANNELS_PER_WIDTH * options.width
+        if options.head == "fused":
+            self.head = make_head(self.pyramid.out_channels, hidden)
+        else:
+            self.head = ProgressiveHead(
+                self.pyramid.out_channels,
+                hidden,
+                num_classes,
+                dropout_rate=options.dropout_rate,
+                align_corners=options.align_corners,
+                conv=conv,
+                norm=norm,
+                rng=rng,
+            )
+        self.aux_head = self.presence_head = None
+        if "pixel" in options.aux_heads:
+            self.aux_head = make_head(self.backbone.stage3_channels, aux_hidden)
+        if "presence" in options.aux_heads:
+            self.presence_head = PresenceHead(
+                self.backbone.stage3_channels,
+                aux_hidden,
+                num_classes,
+                linear=functools.partial(Linear, initializer=for_heads, dtype=dtype),
+                rng=rng,
+            )
 
     def __call__(
         self, images: Images, *, train: bool = False, key: jax.Array | None = None
@@ -217,8 +302,37 @@ class PSPNet(nnx.Module):
         logits = _at_least_float32(self.head(pyramid, train=train, key=head_key))
         if not train:
             return Outputs(logits)
-        aux_logits = self.aux_head(features.stage3, train=train, key=aux_key)
-        return Outputs(logits, _at_least_float32(aux_logits))
+        aux_logits = presence_logits = None
+        if self.aux_head is not None:
+            aux_logits = self.aux_head(features.stage3, train=train, key=aux_key)
+            aux_logits = _at_least_float32(aux_logits)
+        if self.presence_head is not None:
+            presence_logits = _at_least_float32(self.presence_head(features.stage3))
+        return Outputs(logits, aux_logits, presence_logits)
+
+
+def _make_backbone(
+    options: ModelOptions, *, initializer: Initializer, rng: RandomNumbers
+) -> Backbone:
+    shared = {
+        "width": options.width,
+        "remat": options.remat,
+        "dtype": DTYPES[options.dtype],
+        "initializer": initializer,
+        "rng": rng,
+    }
+    if options.backbone in squeezenet.VERSIONS:
+        return squeezenet.SqueezeNet(options.backbone, **shared)
+    shared["frozen_norm"] = options.frozen_norm
+    if options.backbone in densenet.DEPTHS:
+        return densenet.DenseNet(options.backbone, **shared)
+    return resnet.ResNet(
+        options.backbone,
+        stem=options.stem,
+        output_stride=options.output_stride,
+        first_block_dilation=options.first_block_dilation,
+        **shared,
+    )
 
 
 def is_head(path: tuple[str, ...]) -> bool:

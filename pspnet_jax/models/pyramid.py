@@ -74,6 +74,11 @@ class PyramidPooling(nnx.Module):
         norm,
         rng: RandomNumbers,
     ):
+        if bins and reduction and channels % len(bins):
+            raise ValueError(
+                f"model.pyramid_bins={bins}: {channels} channels cannot be divided into {len(bins)} "
+                "equal levels; choose another number of bins or --config.model.pyramid_reduction=False"
+            )
         self.bins, self.pool, self.align_corners = bins, pool, align_corners
         self.map_first, self.has_levels = map_first, reduction or linear
         level_channels = channels // len(bins) if bins and reduction else channels

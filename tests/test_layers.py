@@ -1,4 +1,4 @@
-"""Convolution, batch norm, dropout and max pool against plain NumPy."""
+"""Convolution, linear, batch norm, PReLU, dropout and pools against plain NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,10 @@ from pspnet_jax.models.layers import (
     BatchNorm,
     ChannelDropout,
     Conv,
+    Linear,
+    NoRandomNumbers,
+    PReLU,
+    average_pool,
     convolve,
     max_pool,
 )
@@ -62,6 +66,34 @@ def test_bias_is_added():
     )
     x = jnp.zeros((1, 2, 2, 3))
     np.testing.assert_array_equal(conv(x)[0, 1, 1], conv.bias[...])
+
+
+def linear(in_channels, out_channels, *, dtype=jnp.float32, rng=None):
+    rng = np.random.default_rng(0) if rng is None else rng
+    return Linear(in_channels, out_channels, initializer=TORCH_DEFAULT, dtype=dtype, rng=rng)
+
+
+class TestLinear:
+    def test_is_a_matrix_and_a_bias(self):
+        layer, x = linear(3, 5), np.asarray(random(2, 3))
+        expected = x @ np.asarray(layer.kernel[...]) + np.asarray(layer.bias[...])
+        assert np.asarray(layer.bias[...]).all()
+        np.testing.assert_allclose(layer(jnp.asarray(x)), expected, atol=1e-6)
+
+    def test_starts_within_the_bound_of_pytorch(self):
+        layer = linear(400, 300)
+        for values in (layer.kernel[...], layer.bias[...]):
+            assert np.abs(values).max() == pytest.approx(400**-0.5, rel=0.02)
+
+    def test_half_precision_keeps_float32_parameters(self):
+        layer = linear(3, 5, dtype=jnp.bfloat16)
+        assert layer(random(2, 3)).dtype == jnp.bfloat16
+        assert layer.kernel[...].dtype == layer.bias[...].dtype == jnp.float32
+
+    def test_shapes_alone_need_no_random_numbers(self):
+        layer = nnx.eval_shape(lambda: linear(3, 5, rng=NoRandomNumbers()))
+        shapes = [leaf.shape for leaf in jax.tree.leaves(nnx.state(layer))]
+        assert sorted(shapes) == [(3, 5), (5,)]
 
 
 @pytest.mark.parametrize(
@@ -131,6 +163,20 @@ class TestBatchNorm:
             BatchNorm(3)(jnp.ones((1, 1, 1, 3)), train=True)
 
 
+class TestPReLU:
+    def test_has_one_slope_for_all_channels(self):
+        x = np.asarray(random(2, 3, 4, 5))
+        activation = PReLU()
+        assert activation.slope[...].shape == (1,)
+        for slope in (0.25, -0.5):
+            expected = np.maximum(x, 0) + slope * np.minimum(x, 0)
+            np.testing.assert_allclose(activation(jnp.asarray(x)), expected, rtol=1e-6)
+            activation.slope[...] = jnp.array([-0.5])
+
+    def test_half_precision_stays(self):
+        assert PReLU()(jnp.ones((1, 2, 2, 3), jnp.bfloat16)).dtype == jnp.bfloat16
+
+
 class TestChannelDropout:
     def test_drops_whole_channels_and_keeps_the_expectation(self):
         x = jnp.ones((64, 3, 2, 50))
@@ -157,5 +203,18 @@ def test_max_pool_pads_one_pixel_on_every_side(size):
     np.testing.assert_array_equal(max_pool(x)[0], expected)
 
 
+@pytest.mark.parametrize(("size", "rows", "columns"), [((6, 4), 3, 2), ((7, 5), 3, 2)])
+def test_average_pool_leaves_an_odd_last_line_out(size, rows, columns):
+    x = np.asarray(random(2, *size, 3))
+    expected = [
+        [x[:, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].mean((1, 2)) for j in range(columns)]
+        for i in range(rows)
+    ]
+    np.testing.assert_allclose(
+        average_pool(jnp.asarray(x)), np.transpose(expected, (2, 0, 1, 3)), atol=1e-6
+    )
+
+
 def test_state_is_parameters_and_batch_statistics_only():
-    nnx.split(BatchNorm(2), nnx.Param, nnx.BatchStat)  # raises where there is anything else
+    for layer in (BatchNorm(2), PReLU(), linear(2, 3)):
+        nnx.split(layer, nnx.Param, nnx.BatchStat)  # raises where there is anything else

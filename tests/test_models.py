@@ -1,4 +1,6 @@
-"""Backbones, pyramid and PSPNet: published sizes, strides, dilations, options and their errors."""
+"""Backbones, pyramid, heads, PSPNet: published sizes, strides, dilations, options and their errors."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +8,20 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pspnet_jax.models.layers import NoRandomNumbers
+from pspnet_jax.models.densenet import DenseNet
+from pspnet_jax.models.layers import (
+    TORCH_DEFAULT,
+    BatchNorm,
+    ChannelDropout,
+    Conv,
+    Linear,
+    NoRandomNumbers,
+)
 from pspnet_jax.models.pspnet import FAMILIES, PSPNet, is_head
+from pspnet_jax.models.pyramid import PresenceHead, ProgressiveHead, PyramidPooling
 from pspnet_jax.models.resnet import ResNet, stage_strides
+from pspnet_jax.models.squeezenet import SqueezeNet
+from pspnet_jax.resample import resize
 from pspnet_jax.train_step import split_model
 
 from networks import network, options
@@ -61,6 +74,82 @@ def test_parameter_counts_of_backbones(backbone, plain, deep):
     for stem, expected in (("7x7", plain), ("deep", deep)):
         model = shapes_of(2, backbone=backbone, stem=stem)
         assert count(nnx.state(model.backbone, nnx.Param)) == expected
+
+
+def other_backbone(name, *, width=8, rng=None, **options) -> DenseNet | SqueezeNet:
+    """DenseNet or SqueezeNet."""
+    bound = {
+        "remat": False,
+        "dtype": jnp.float32,
+        "rng": rng or np.random.default_rng(0),
+        **options,
+    }
+    if name == "squeezenet":
+        return SqueezeNet(name, width=width, **bound)
+    return DenseNet(name, width=width, **{"frozen_norm": False, **bound})
+
+
+OTHERS = ("densenet121", "squeezenet")
+
+
+# torchvision's counts without the classifier, DenseNet's without the last norm (2,048) as well.
+@pytest.mark.parametrize(
+    ("name", "expected", "stage3", "stage4"),
+    [("densenet121", 6_953_856 - 2_048, 512, 1024), ("squeezenet", 722_496, 256, 512)],
+)
+def test_parameter_counts_of_the_other_backbones(name, expected, stage3, stage4):
+    model = nnx.eval_shape(lambda: other_backbone(name, width=64, rng=NoRandomNumbers()))
+    assert count(nnx.state(model, nnx.Param)) == expected
+    assert (model.stage3_channels, model.stage4_channels) == (stage3, stage4)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("densenet121", (40, 64)), ("squeezenet", (40, 64)), ("squeezenet", (8, 48))]
+)
+def test_images_of_8n_give_maps_of_n(name, size):
+    model = other_backbone(name)
+    features = nnx.eval_shape(lambda m, x: m(x, train=True), model, jnp.zeros((2, *size, 3)))
+    expected = (2, size[0] // 8, size[1] // 8)
+    assert features.stage3.shape == (*expected, model.stage3_channels)
+    assert features.stage4.shape == (*expected, model.stage4_channels)
+
+
+def test_squeezenet_dilates_its_3x3_and_has_biases():
+    model = other_backbone("squeezenet")
+    fires = {name: fire for name, fire in vars(model).items() if name.startswith("layer")}
+    dilations = {name: fire.expand3.dilation for name, fire in fires.items()}
+    assert dilations == {
+        f"layer{stage}_{i}": dilation
+        for stage, number, dilation in ((2, 2, 1), (3, 2, 2), (4, 4, 4))
+        for i in range(number)
+    }
+    convs = [conv for fire in fires.values() for conv in (fire.squeeze, fire.expand1, fire.expand3)]
+    assert all(conv.bias is not None for conv in (model.conv1, *convs))
+    assert not jax.tree.leaves(nnx.state(model, nnx.BatchStat))
+
+
+def test_densenet_dilates_nothing_and_ends_with_its_last_layer():
+    model = nnx.eval_shape(lambda: other_backbone("densenet121", rng=NoRandomNumbers()))
+    modules = {name: part for name, part in vars(model).items() if isinstance(part, nnx.Module)}
+    layers = [f"layer{k}_{i}" for k, n in enumerate((6, 12, 24, 16), 1) for i in range(n)]
+    assert set(modules) == {"stem", "transition1", "transition2", "transition3", *layers}
+    assert {modules[name].conv2.dilation for name in layers} == {1}
+    halved = [modules[f"transition{k}"].halves_size for k in (1, 2, 3)]
+    assert halved == [True, False, False]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_widths_that_cannot_be_divided_are_refused(name):
+    width, nearest = {"densenet121": (9, "8, 10"), "squeezenet": (10, "8, 12")}[name]
+    with pytest.raises(ValueError, match=rf"width={width} of {name} must be .* {nearest}\)"):
+        other_backbone(name, width=width)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_convolution_of_the_other_backbones_has_a_draw_of_its_own(name):
+    leaves = jax.tree_util.tree_leaves_with_path(nnx.state(other_backbone(name), nnx.Param))
+    kernels = [np.asarray(value) for path, value in leaves if "kernel" in str(path)]
+    assert len({kernel.tobytes() for kernel in kernels}) == len(kernels)
 
 
 def test_resnet269_has_269_layers():
@@ -189,6 +278,133 @@ def test_pyramid_options_give_their_channels(overrides, channels):
     assert outputs.logits.shape == (1, 5, 6, 5)
 
 
+CONV = functools.partial(Conv, initializer=TORCH_DEFAULT, dtype=jnp.float32)
+NORM = functools.partial(BatchNorm)
+LINEAR = functools.partial(Linear, initializer=TORCH_DEFAULT, dtype=jnp.float32)
+
+
+def random(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def pyramid(**overrides) -> PyramidPooling:
+    """Of 8 channels and two levels, linear unless something else is asked for."""
+    chosen = {"bins": (1, 2), "pool": "average", "reduction": False, "linear": True, **overrides}
+    rng = np.random.default_rng(0)
+    return PyramidPooling(8, align_corners=True, conv=CONV, norm=NORM, rng=rng, **chosen)
+
+
+@pytest.mark.parametrize(("reduction", "channels"), [(False, 8), (True, 4)])
+def test_linear_levels_are_a_convolution_and_nothing_else(reduction, channels):
+    model = pyramid(reduction=reduction)
+    _, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    expected = {key: {"conv": {"kernel": (1, 1, 8, channels)}} for key in ("level1", "level2")}
+    assert jax.tree.map(jnp.shape, nnx.to_pure_dict(params)) == expected
+    assert not jax.tree.leaves(batch_stats)
+    assert model.out_channels == 8 + 2 * channels
+    # Linear: twice the map gives twice the levels, and its negative their negatives.
+    x = random(1, 4, 6, 8)
+    y = model(x, train=True)
+    for factor in (2, -1):
+        np.testing.assert_allclose(model(factor * x, train=True), factor * y, atol=1e-5)
+
+
+def test_map_stands_first_or_last():
+    x = random(1, 4, 6, 8)
+    first, last = (pyramid(map_first=map_first)(x, train=False) for map_first in (True, False))
+    np.testing.assert_array_equal(first[..., :8], x)
+    np.testing.assert_array_equal(last[..., -8:], x)
+    np.testing.assert_array_equal(first[..., 8:], last[..., :-8])
+
+
+def progressive_head(*, dropout_rate=0.0, align_corners=True) -> ProgressiveHead:
+    return ProgressiveHead(
+        12,
+        64,
+        5,
+        dropout_rate=dropout_rate,
+        align_corners=align_corners,
+        conv=CONV,
+        norm=NORM,
+        rng=np.random.default_rng(0),
+    )
+
+
+class TestProgressiveHead:
+    def test_channels_are_the_published_ones_and_logits_eight_times_as_large(self):
+        def head():
+            bound = {"conv": CONV, "norm": NORM, "rng": NoRandomNumbers()}
+            return ProgressiveHead(2560, 1024, 18, dropout_rate=0.3, align_corners=True, **bound)
+
+        model = nnx.eval_shape(head)
+        assert model.up1.conv.kernel.shape == (3, 3, 1024, 256)
+        assert model.up2.conv.kernel.shape == (3, 3, 256, 64)
+        assert model.up3.conv.kernel.shape == (3, 3, 64, 64)
+        by_hand = (2560 + 1) * 1024 + sum(
+            9 * a * b + 3 * b + 1 for a, b in ((1024, 256), (256, 64), (64, 64))
+        )
+        assert count(nnx.state(model, nnx.Param)) == by_hand + (64 + 1) * 18
+        logits = progressive_head()(jnp.zeros((2, 3, 5, 12)), train=False, key=None)
+        assert logits.shape == (2, 24, 40, 5)
+
+    @pytest.mark.parametrize("align_corners", [True, False])
+    def test_a_block_resizes_convolves_normalizes_and_bends(self, align_corners):
+        block, x = progressive_head(align_corners=align_corners).up3, random(2, 3, 4, 4)
+        block.norm.mean[...] = random(4, seed=1)
+        y = np.asarray(block.conv(resize(x, (6, 8), align_corners=align_corners)))
+        y = (y - np.asarray(block.norm.mean[...])) / np.sqrt(1 + 1e-5)
+        np.testing.assert_allclose(block(x, train=False), np.where(y > 0, y, 0.25 * y), atol=1e-5)
+        assert block.conv.bias is not None
+
+    def test_drops_channels_of_the_fused_map_and_half_as_many_after_each_block(self):
+        head = progressive_head(dropout_rate=0.3)
+        assert (head.fuse_dropout.rate, head.block_dropout.rate) == (0.3, 0.15)
+        x, key = random(2, 2, 2, 12), jax.random.key(0)
+        plain, dropped, again = (
+            head(x, train=train, key=key)
+            for train, key in ((False, None), (True, key), (True, key))
+        )
+        assert not np.allclose(plain, dropped)
+        np.testing.assert_array_equal(dropped, again)
+        with pytest.raises(ValueError, match="needs a key"):
+            head(x, train=True, key=None)
+
+    def test_every_dropout_draws_its_own_channels(self, monkeypatch):
+        seen = []
+        original = ChannelDropout.__call__
+
+        def watch(self, x, *, train, key):
+            seen.append(tuple(np.asarray(jax.random.key_data(key))))
+            return original(self, x, train=train, key=key)
+
+        monkeypatch.setattr(ChannelDropout, "__call__", watch)
+        progressive_head(dropout_rate=0.3)(random(2, 2, 2, 12), train=True, key=jax.random.key(0))
+        assert len(seen) == len(set(seen)) == 4
+
+
+class TestPresenceHead:
+    def head(self) -> PresenceHead:
+        return PresenceHead(6, 8, 5, linear=LINEAR, rng=np.random.default_rng(0))
+
+    def test_looks_at_the_largest_value_of_every_channel(self):
+        head, x = self.head(), np.asarray(random(2, 3, 4, 6))
+        kernels = [np.asarray(layer.kernel[...]) for layer in (head.hidden, head.classifier)]
+        biases = [np.asarray(layer.bias[...]) for layer in (head.hidden, head.classifier)]
+        hidden = np.maximum(x.max((1, 2)) @ kernels[0] + biases[0], 0)
+        expected = hidden @ kernels[1] + biases[1]
+        np.testing.assert_allclose(head(jnp.asarray(x)), expected, atol=1e-5)
+
+    def test_teaches_one_position_of_every_channel(self):
+        head, x = self.head(), random(2, 3, 4, 6)
+        gradient = np.asarray(jax.grad(lambda x: head(x)[:, 0].sum())(x))
+        positions = (gradient != 0).sum(axis=(1, 2))
+        assert positions.max() == 1
+        where = np.abs(gradient).reshape(2, 12, 6).argmax(1)
+        np.testing.assert_array_equal(
+            where[positions > 0], np.asarray(x).reshape(2, 12, 6).argmax(1)[positions > 0]
+        )
+
+
 def test_max_pool_of_the_pyramid_differs_from_average():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 9, 9, 64)), jnp.float32)
     average, largest = (network(pyramid_pool=pool).pyramid for pool in ("average", "max"))
@@ -217,28 +433,50 @@ def test_half_precision_keeps_float32_parameters_and_logits():
     assert outputs.logits.dtype == jnp.float32
 
 
-def test_remat_changes_neither_values_nor_statistics_nor_gradients():
+def backbone(name, *, remat) -> ResNet | DenseNet | SqueezeNet:
+    return other_backbone(name, remat=remat) if name in OTHERS else network(remat=remat).backbone
+
+
+@pytest.mark.parametrize("name", ["resnet10", "squeezenet"])
+def test_remat_changes_neither_values_nor_statistics_nor_gradients(name):
     images = jnp.asarray(np.random.default_rng(0).standard_normal((2, 33, 33, 3)), jnp.float32)
     results = []
     for remat in (False, True):
-        graphdef, params, batch_stats = split_model(network(remat=remat))
+        model = backbone(name, remat=remat)
+        graphdef, *state = nnx.split(model, nnx.Param, nnx.BatchStat)
+        params, batch_stats = map(nnx.to_pure_dict, state)
 
-        @jax.jit
+        @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
         def run(params, graphdef=graphdef, batch_stats=batch_stats):
             def total(params):
                 model = nnx.merge(graphdef, params, batch_stats)
-                features = model.backbone(images, train=True)
+                features = model(images, train=True)
                 statistics = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
                 return jnp.sum(features.stage4**2), statistics
 
             return jax.value_and_grad(total, has_aux=True)(params)
 
         results.append(run(params))
-        program = str(jax.make_jaxpr(lambda p, run=run: run(p))(params))
-        assert ("remat" in program or "checkpoint" in program) == remat
     for plain, rematerialized in zip(*map(jax.tree.leaves, results), strict=True):
         scale = np.abs(plain).max() + 1e-12
         np.testing.assert_allclose(plain / scale, rematerialized / scale, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["resnet10", *OTHERS])
+@pytest.mark.parametrize("remat", [False, True])
+def test_remat_recomputes_every_block(name, remat):
+    model = backbone(name, remat=remat)
+    program = str(nnx_jaxpr(model, jnp.zeros((2, 16, 16, 3))))
+    blocks = [block for block in vars(model) if block.startswith("layer")]
+    assert program.count(" remat2[") + program.count(" checkpoint[") == len(blocks) * remat
+
+
+def nnx_jaxpr(model: nnx.Module, images: jax.Array):
+    """The program of a backbone in training mode."""
+    graphdef, state = nnx.split(model)
+    return jax.make_jaxpr(lambda state, x: nnx.merge(graphdef, state)(x, train=True).stage4)(
+        state, images
+    )
 
 
 def test_heads_are_everything_but_the_backbone():

@@ -44,8 +44,10 @@ def default_config() -> ConfigDict:
     augment.flip_probability = placeholder(float)  # 0..1
 
     model = config.model = ConfigDict()
-    model.family = "semseg"  # semseg
-    model.backbone = "resnet50"  # resnet10 | 18 | 34 | 50 | 101 | 152 | 269
+    model.family = "semseg"  # semseg | lextal
+    model.backbone = (
+        "resnet50"  # resnet10 | 18 | 34 | 50 | 101 | 152 | 269, densenet121, squeezenet
+    )
     model.width = 64  # planes of the first stage; all other channels scale with it
     model.stem = placeholder(str)  # deep | 7x7
     model.output_stride = placeholder(int)  # image pixels per feature pixel: 8 | 16 | 32
@@ -53,6 +55,10 @@ def default_config() -> ConfigDict:
     model.pyramid_bins = placeholder(tuple)  # bins per axis of each level; () = no pyramid
     model.pyramid_pool = placeholder(str)  # average | max
     model.pyramid_reduction = placeholder(bool)  # bring each level to 1/N of the channels
+    model.pyramid_linear = placeholder(bool)  # levels without norm and ReLU
+    model.pyramid_map_first = placeholder(bool)  # map before the levels, or after them
+    model.head = placeholder(str)  # fused | progressive
+    model.aux_heads = placeholder(tuple)  # of pixel, presence; those with a loss are added
     model.align_corners = placeholder(bool)  # rule of every bilinear resize
     model.dropout_rate = placeholder(float)  # of whole channels, 0..1
     model.initializer = placeholder(str)  # semseg
@@ -61,15 +67,19 @@ def default_config() -> ConfigDict:
     model.frozen_norm = False  # batch norm keeps its running statistics
 
     loss = config.loss = ConfigDict()
-    loss.aux_weight = 0.4  # of the auxiliary head; at least 0
+    loss.aux_weight = placeholder(float)  # of the pixelwise auxiliary head; at least 0
+    loss.presence_weight = placeholder(float)  # of the presence of classes in images; at least 0
+    loss.class_weights = placeholder(tuple)  # one factor for each class; at least 0
 
     optimizer = config.optimizer = ConfigDict()
-    optimizer.name = "sgd"  # sgd
+    optimizer.name = "sgd"  # sgd | adam
     optimizer.learning_rate = 0.01  # of the backbone at step 0; above 0
-    optimizer.schedule = "poly"  # poly
+    optimizer.schedule = "poly"  # poly | multistep
     optimizer.warmup_steps = 0  # steps over which the learning rate rises linearly
     optimizer.power = 0.9  # of the poly schedule
-    optimizer.momentum = 0.9  # 0..1
+    optimizer.milestones = ()  # of multistep: steps after which the rate is multiplied, ascending
+    optimizer.decay_factor = 0.1  # of multistep: by this
+    optimizer.momentum = 0.9  # of SGD, 0..1
     optimizer.weight_decay = 1e-4  # on all parameters; at least 0
     optimizer.head_multiplier = 10.0  # learning rate of the heads over that of the backbone
 
@@ -127,9 +137,19 @@ _CONSTRAINTS: dict[str, tuple[Callable, str]] = {
     ),
     "model.dropout_rate": (lambda x: 0 <= x < 1, "within 0..1, 1 excluded"),
     "loss.aux_weight": _AT_LEAST_0,
-    "optimizer.name": _one_of("sgd"),
+    "loss.presence_weight": _AT_LEAST_0,
+    "loss.class_weights": (
+        lambda x: all(v >= 0 for v in x) and any(v > 0 for v in x),
+        "factors of at least 0, not all 0",
+    ),
+    "optimizer.name": _one_of("sgd", "adam"),
     "optimizer.learning_rate": _POSITIVE,
-    "optimizer.schedule": _one_of("poly"),
+    "optimizer.schedule": _one_of("poly", "multistep"),
+    "optimizer.milestones": (
+        lambda x: list(x) == sorted(set(x)) and all(isinstance(v, int) and v >= 1 for v in x),
+        "ascending whole numbers of at least 1",
+    ),
+    "optimizer.decay_factor": _POSITIVE,
     "optimizer.warmup_steps": _AT_LEAST_0,
     "optimizer.power": _AT_LEAST_0,
     "optimizer.momentum": (lambda x: 0 <= x < 1, "within 0..1, 1 excluded"),

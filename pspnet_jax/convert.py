@@ -73,6 +73,8 @@ def run(
         pyramid_bins = tuple(json.loads(metadata["pyramid_bins"]))
     usual = FAMILIES[family].options["pyramid_bins"]
     table = recognize(arrays, bins=usual if pyramid_bins is None else pyramid_bins, where=files[0])
+    if table is not BACKBONE and table.source != names.TABLES[family](usual).source:
+        raise ValueError(f"{files[0]} is {table.source}: choose its --family")
     if labels is None and table is not BACKBONE:
         raise ValueError(
             f"{files[0]} is a whole network ({table.source}): say which classes it has, "
@@ -188,7 +190,7 @@ def infer_options(
     section["pyramid_bins"] = bins
     # Unreduced levels are the pooled maps themselves: nothing of them is in a file.
     unreduced = bins and not has_levels and len(head) == 4 and head[2] == channels * (1 + len(bins))
-    section["pyramid_reduction"] = not unreduced
+    section["pyramid_reduction"] = False if unreduced else None
     return ModelOptions.resolve(section)
 
 

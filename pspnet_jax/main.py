@@ -113,7 +113,9 @@ def _run_predict(values: flags.FlagValues, words: list[str]) -> None:
 
 
 def _define_convert(values: flags.FlagValues, argv: list[str]) -> None:
-    flags.DEFINE_string("family", "semseg", "Whose file it is: semseg.", flag_values=values)
+    flags.DEFINE_string(
+        "family", "semseg", "Whose file it is: semseg or lextal.", flag_values=values
+    )
     flags.DEFINE_string(
         "labels",
         None,

@@ -124,9 +124,12 @@ def progress_line(
     step: int, num_steps: int, scalars: Mapping[str, float], timing: Mapping[str, float]
 ) -> str:
     """Step, losses, learning rate, images per second and time left, for people."""
+    parts = f"main {scalars['main_loss']:.4f}, aux {scalars['aux_loss']:.4f}"
+    if "presence_loss" in scalars:
+        parts += f", presence {scalars['presence_loss']:.4f}"
+        parts += f" with accuracy {scalars['presence_accuracy']:.3f}"
     return (
-        f"step {step:>{len(str(num_steps))}}/{num_steps}  loss {scalars['loss']:.4f} "
-        f"(main {scalars['main_loss']:.4f}, aux {scalars['aux_loss']:.4f})  "
+        f"step {step:>{len(str(num_steps))}}/{num_steps}  loss {scalars['loss']:.4f} ({parts})  "
         f"learning rate {scalars['learning_rate']:.2e}  "
         f"{timing['images_per_second']:.1f} images/s  {_duration(timing['seconds_left'])} left"
     )

@@ -1,12 +1,12 @@
-"""Stochastic gradient descent with the poly schedule, as the authors train.
+"""Optimizers and their schedules: SGD with poly as the authors train, Adam in steps as the variant does.
 
-* PyTorch's form: v = momentum * v + (gradient + weight_decay * p); p = p - learning_rate * v. (Caffe
+* PyTorch's form of SGD: v = momentum * v + (gradient + weight_decay * p); p = p - learning_rate * v. (Caffe
   multiplies the learning rate into v; the two drift apart as the learning rate falls.)
 * Weight decay covers all parameters, norms and biases included.
 * Heads learn `head_multiplier` times as fast as the backbone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,21 @@ def poly_schedule(
     The first step (0) uses the full learning rate and 0 is reached only after the last one, as in the
     authors' code (the paper gives power 0.9 and no warm-up).
     """
-    poly = optax.polynomial_schedule(learning_rate, 0.0, power, num_steps)
-    if warmup_steps == 0:
-        return poly
-    return lambda step: poly(step) * jnp.minimum(1.0, (step + 1) / warmup_steps)
+    return _warmed_up(optax.polynomial_schedule(learning_rate, 0.0, power, num_steps), warmup_steps)
+
+
+def multistep_schedule(
+    learning_rate: float, *, milestones: Sequence[int], decay_factor: float, warmup_steps: int = 0
+) -> Schedule:
+    """learning_rate * decay_factor ** (number of milestones that are not after the step), warmed up as above.
+
+    Args:
+        milestones: steps, ascending.
+    """
+    steps = optax.piecewise_constant_schedule(
+        learning_rate, dict.fromkeys(milestones, decay_factor)
+    )
+    return _warmed_up(steps, warmup_steps)
 
 
 def sgd(
@@ -45,15 +56,45 @@ def sgd(
         is_head: of a parameter's path of string keys.
     """
 
-    def multiply_heads(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay),
+        optax.sgd(schedule, momentum=momentum),
+        _multiply_heads(head_multiplier, is_head),
+    )
+
+
+def adam(
+    schedule: Schedule,
+    *,
+    weight_decay: float,
+    head_multiplier: float,
+    is_head: Callable[[Path], bool],
+) -> optax.GradientTransformation:
+    """Adam (Kingma and Ba 2015) with PyTorch's defaults: betas 0.9 and 0.999, epsilon 1e-8.
+
+    Weight decay is added to the gradient before the moments, as PyTorch's Adam (not AdamW) does.
+    """
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay),
+        optax.adam(schedule),
+        _multiply_heads(head_multiplier, is_head),
+    )
+
+
+def _warmed_up(schedule: Schedule, warmup_steps: int) -> Schedule:
+    if warmup_steps == 0:
+        return schedule
+    return lambda step: schedule(step) * jnp.minimum(1.0, (step + 1) / warmup_steps)
+
+
+def _multiply_heads(
+    head_multiplier: float, is_head: Callable[[Path], bool]
+) -> optax.GradientTransformation:
+    def multiply(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
         def scale(path: tuple[jax.tree_util.DictKey, ...], update: jax.Array) -> jax.Array:
             keys = tuple(key.key for key in path)
             return update * head_multiplier if is_head(keys) else update
 
         return jax.tree.map_with_path(scale, updates)
 
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay),
-        optax.sgd(schedule, momentum=momentum),
-        optax.stateless(multiply_heads),
-    )
+    return optax.stateless(multiply)

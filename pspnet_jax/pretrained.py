@@ -19,6 +19,9 @@ from pspnet_jax.weights.fit import CLASSIFIER, HEADS, fit
 from pspnet_jax.weights.names import BACKBONE, MisfitError, Table, Weights
 from pspnet_jax.weights.pytorch import WeightsFileError
 
+# How the keys begin that only one family has.
+_BEGINNINGS = {"semseg": ("layer0.", "ppm.", "cls."), "lextal": ("feats.", "psp.", "up_")}
+
 FORMAT = "pspnet_jax"
 """In the metadata of safetensors files that hold our own paths and layout."""
 
@@ -54,8 +57,9 @@ def recognize(keys: Iterable[str], *, bins: Sequence[int], where: str) -> Table:
         WeightsFileError: where none does, with some of the names.
     """
     keys = list(keys)
-    if any(key.startswith(("layer0.", "ppm.", "cls.")) for key in keys):
-        return names.TABLES["semseg"](bins)
+    for family, beginnings in _BEGINNINGS.items():
+        if any(key.startswith(beginnings) for key in keys):
+            return names.TABLES[family](bins)
     if any(key.startswith("layer1.") for key in keys):
         return BACKBONE
     raise WeightsFileError(

@@ -36,8 +36,15 @@ from pspnet_jax.checkpoint import (
 from pspnet_jax.data.pipeline import Source, training_batches
 from pspnet_jax.data.transforms import Augmentation, RandomCrop
 from pspnet_jax.metric_writer import MetricWriter, Progress, log_to, write_whole
-from pspnet_jax.models.pspnet import FAMILIES, ModelOptions, PSPNet, check_size, is_head
-from pspnet_jax.optimizer import Schedule, poly_schedule, sgd
+from pspnet_jax.models.pspnet import (
+    AUX_HEADS,
+    FAMILIES,
+    ModelOptions,
+    PSPNet,
+    check_size,
+    is_head,
+)
+from pspnet_jax.optimizer import Schedule, adam, multistep_schedule, poly_schedule, sgd
 from pspnet_jax.pretrained import start_from
 from pspnet_jax.report import summary, write_report
 from pspnet_jax.segmenter import Description, Provenance, Segmenter, model_part
@@ -291,7 +298,7 @@ def compose(config: ConfigDict, workdir: Path) -> Run:
     config = config.copy_and_resolve_references()
     config_module.validate(config)
     label_set = load_label_set(config.data.labels)
-    options = ModelOptions.resolve(config.model.to_dict())
+    options = _resolve_model(config)
     family = FAMILIES[options.family]
     augmentation = Augmentation.resolve(config.augment.to_dict())
     crop_height, crop_width = config.data.crop_size or label_set.crop_size
@@ -314,7 +321,13 @@ def compose(config: ConfigDict, workdir: Path) -> Run:
     model = PSPNet(options, label_set.num_classes, rng=np.random.default_rng(config.seed))
     schedule, optimizer = _make_optimizer(config)
     step = make_train_step(
-        model, optimizer, schedule, aux_weight=config.loss.aux_weight, seed=config.seed
+        model,
+        optimizer,
+        schedule,
+        aux_weight=config.loss.aux_weight,
+        presence_weight=config.loss.presence_weight,
+        class_weights=_class_weights(config, label_set),
+        seed=config.seed,
     )
     log_to(workdir / "log.txt")
     return Run(
@@ -352,21 +365,52 @@ def _choose_protocol(config: ConfigDict, label_set: LabelSet) -> Protocol:
     return protocol
 
 
+def _resolve_model(config: ConfigDict) -> ModelOptions:
+    """Options of the network; heads that a loss needs are added. Fills in the weights of the losses."""
+    options = ModelOptions.resolve(config.model.to_dict())
+    family, loss = FAMILIES[options.family], config.loss
+    for name in ("aux_weight", "presence_weight"):
+        if loss[name] is None:
+            loss[name] = getattr(family, name)
+    weights = {"pixel": loss.aux_weight, "presence": loss.presence_weight}
+    heads = [name for name in AUX_HEADS if weights[name] > 0 or name in options.aux_heads]
+    return dataclasses.replace(options, aux_heads=tuple(heads))
+
+
+def _class_weights(config: ConfigDict, label_set: LabelSet) -> tuple[float, ...] | None:
+    weights = config.loss.class_weights
+    if weights is not None and len(weights) != label_set.num_classes:
+        raise ValueError(
+            f"loss.class_weights has {len(weights)} factors, label set '{label_set.name}' has "
+            f"{label_set.num_classes} classes"
+        )
+    return weights
+
+
 def _make_optimizer(config: ConfigDict) -> tuple[Schedule, optax.GradientTransformation]:
     options = config.optimizer
-    schedule = poly_schedule(
-        options.learning_rate,
-        power=options.power,
-        num_steps=config.train.num_steps,
-        warmup_steps=options.warmup_steps,
-    )
-    return schedule, sgd(
-        schedule,
-        momentum=options.momentum,
-        weight_decay=options.weight_decay,
-        head_multiplier=options.head_multiplier,
-        is_head=is_head,
-    )
+    if options.schedule == "poly":
+        schedule = poly_schedule(
+            options.learning_rate,
+            power=options.power,
+            num_steps=config.train.num_steps,
+            warmup_steps=options.warmup_steps,
+        )
+    else:
+        schedule = multistep_schedule(
+            options.learning_rate,
+            milestones=options.milestones,
+            decay_factor=options.decay_factor,
+            warmup_steps=options.warmup_steps,
+        )
+    shared = {
+        "weight_decay": options.weight_decay,
+        "head_multiplier": options.head_multiplier,
+        "is_head": is_head,
+    }
+    if options.name == "adam":
+        return schedule, adam(schedule, **shared)
+    return schedule, sgd(schedule, momentum=options.momentum, **shared)
 
 
 def _check_crop_size(crop_size: tuple[int, int], options: ModelOptions) -> None:

@@ -82,15 +82,12 @@ def make_train_step(
     Args:
         model: gives the structure; its values are not used.
         schedule: step -> learning rate, for the metrics (the optimizer has its own).
-        aux_weight: of the auxiliary loss, pixel by pixel.
-        presence_weight: of the loss of which classes are in the image.
-        class_weights: of every loss.
+        aux_weight, presence_weight, class_weights: see `losses.segmentation_loss`.
         seed: of dropout.
 
     Returns:
-        A pure function. Metrics are scalars: loss, main_loss, aux_loss (nats per valid pixel of the
-        global batch), learning_rate (of the backbone), gradient_norm, skipped_steps; where the network
-        has a presence head, presence_loss (nats per image and class) and presence_accuracy (0..1).
+        A pure function. Metrics are scalars: those of `_loss_metrics`, learning_rate (of the backbone),
+        gradient_norm, skipped_steps.
     """
     graphdef, _, _ = split_model(model)
     options = model.options
@@ -112,8 +109,8 @@ def make_train_step(
                 class_weights=class_weights,
                 align_corners=options.align_corners,
             )
-            batch_stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
-            return losses.total, (_loss_metrics(losses, outputs, batch.labels), batch_stats)
+            statistics = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+            return losses.total, (_loss_metrics(losses, outputs, batch.labels), statistics)
 
         gradient_of = jax.value_and_grad(loss_of, has_aux=True)
         (loss, (metrics, batch_stats)), gradients = gradient_of(state.params)
@@ -123,7 +120,7 @@ def make_train_step(
         proposed = TrainState(state.step + 1, params, batch_stats, opt_state, state.skipped_steps)
         next_state = _if_finite(loss + gradient_norm, proposed, state)
         return next_state, metrics | {
-            # The optimizer counts the steps it took; a skipped one does not move its schedule.
+            # The optimizer counts the steps it took: a skipped one does not move its schedule.
             "learning_rate": jnp.asarray(schedule(state.step - state.skipped_steps)),
             "gradient_norm": gradient_norm,
             "skipped_steps": next_state.skipped_steps,
@@ -133,6 +130,7 @@ def make_train_step(
 
 
 def _loss_metrics(losses: Losses, outputs: Outputs, labels: Labels) -> Metrics:
+    """Nats per valid pixel of the global batch; of presence, per image and class, and a share of 0..1."""
     metrics = {"loss": losses.total, "main_loss": losses.main, "aux_loss": losses.aux}
     if outputs.presence_logits is not None:
         metrics["presence_loss"] = losses.presence

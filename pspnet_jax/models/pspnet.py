@@ -38,12 +38,16 @@ from pspnet_jax.models.pyramid import (
 
 Backbone = resnet.ResNet | densenet.DenseNet | squeezenet.SqueezeNet
 
-BACKBONES = (*resnet.DEPTHS, *densenet.DEPTHS, *squeezenet.VERSIONS)
+_BACKBONE_CLASSES: dict[str, Any] = {
+    **dict.fromkeys(resnet.DEPTHS, resnet.ResNet),
+    **dict.fromkeys(densenet.DEPTHS, densenet.DenseNet),
+    **dict.fromkeys(squeezenet.VERSIONS, squeezenet.SqueezeNet),
+}
 # What a backbone that is no ResNet has once and for all.
 _FIXED = {"output_stride": 8, "first_block_dilation": (1, 1)}
-FIXED_OPTIONS: dict[str, Mapping[str, Any]] = {
-    **dict.fromkeys(densenet.DEPTHS, {"stem": "7x7", **_FIXED}),
-    **dict.fromkeys(squeezenet.VERSIONS, {"stem": "3x3", **_FIXED}),
+FIXED_OPTIONS: dict[str, dict[str, Any]] = {
+    **{name: {"stem": "7x7", **_FIXED} for name in densenet.DEPTHS},
+    **{name: {"stem": "3x3", **_FIXED} for name in squeezenet.VERSIONS},
 }
 
 # Head after the pyramid -> its hidden channels, in units of the width.
@@ -75,7 +79,7 @@ IMAGENET_8BIT = Normalization(
 
 @dataclass(frozen=True)
 class Family:
-    """What one published PSPNet does: its options, normalization, protocol and rule for image sizes."""
+    """What one published PSPNet does: its options, normalization, protocol, losses, rule for image sizes."""
 
     source: str
     normalization: Normalization
@@ -83,6 +87,8 @@ class Family:
     """Under which its published figures were found (a key of `windows.PROTOCOLS`)."""
     size_multiple: int
     size_remainder: int
+    aux_weight: float
+    presence_weight: float
     options: Mapping[str, Any]
 
     def padded(self, size: int) -> int:
@@ -97,6 +103,8 @@ FAMILIES = {
         protocol="semseg",
         size_multiple=8,
         size_remainder=1,
+        aux_weight=0.4,
+        presence_weight=0.0,
         options={
             "stem": "deep",
             "output_stride": 8,
@@ -121,6 +129,8 @@ FAMILIES = {
         protocol="whole",
         size_multiple=8,
         size_remainder=0,
+        aux_weight=0.0,
+        presence_weight=1.0,
         options={
             "stem": "7x7",
             "output_stride": 8,
@@ -176,14 +186,14 @@ class ModelOptions:
         """
         family, backbone = section["family"], section["backbone"]
         _known("family", family, FAMILIES)
-        _known("backbone", backbone, BACKBONES)
+        _known("backbone", backbone, _BACKBONE_CLASSES)
         fixed = FIXED_OPTIONS.get(backbone, {})
         values: dict[str, Any] = {}
         for field in fields(cls):
             # What was written before an option existed does not have it: the family's value is meant.
             value = section.get(field.name)
             if value is None:
-                value = (FAMILIES[family].options | fixed)[field.name]
+                value = {**FAMILIES[family].options, **fixed}[field.name]
             values[field.name] = tuple(value) if isinstance(value, list | tuple) else value
             if field.name in fixed and values[field.name] != fixed[field.name]:
                 raise ValueError(
@@ -267,17 +277,15 @@ class PSPNet(nnx.Module):
                 norm=norm,
                 rng=rng,
             )
-        self.aux_head = self.presence_head = None
-        if "pixel" in options.aux_heads:
-            self.aux_head = make_head(self.backbone.stage3_channels, aux_hidden)
-        if "presence" in options.aux_heads:
-            self.presence_head = PresenceHead(
-                self.backbone.stage3_channels,
-                aux_hidden,
-                num_classes,
-                linear=functools.partial(Linear, initializer=for_heads, dtype=dtype),
-                rng=rng,
-            )
+        channels = self.backbone.stage3_channels
+        has_pixel, has_presence = (name in options.aux_heads for name in AUX_HEADS)
+        self.aux_head = make_head(channels, aux_hidden) if has_pixel else None
+        linear = functools.partial(Linear, initializer=for_heads, dtype=dtype)
+        self.presence_head = (
+            PresenceHead(channels, aux_hidden, num_classes, linear=linear, rng=rng)
+            if has_presence
+            else None
+        )
 
     def __call__(
         self, images: Images, *, train: bool = False, key: jax.Array | None = None
@@ -314,24 +322,24 @@ class PSPNet(nnx.Module):
 def _make_backbone(
     options: ModelOptions, *, initializer: Initializer, rng: RandomNumbers
 ) -> Backbone:
-    shared = {
-        "width": options.width,
-        "remat": options.remat,
-        "dtype": DTYPES[options.dtype],
-        "initializer": initializer,
-        "rng": rng,
-    }
-    if options.backbone in squeezenet.VERSIONS:
-        return squeezenet.SqueezeNet(options.backbone, **shared)
-    shared["frozen_norm"] = options.frozen_norm
-    if options.backbone in densenet.DEPTHS:
-        return densenet.DenseNet(options.backbone, **shared)
-    return resnet.ResNet(
+    common = functools.partial(
+        _BACKBONE_CLASSES[options.backbone],
         options.backbone,
+        width=options.width,
+        remat=options.remat,
+        dtype=DTYPES[options.dtype],
+        initializer=initializer,
+        rng=rng,
+    )
+    if options.backbone in squeezenet.VERSIONS:  # has no norms
+        return common()
+    if options.backbone in densenet.DEPTHS:
+        return common(frozen_norm=options.frozen_norm)
+    return common(
+        frozen_norm=options.frozen_norm,
         stem=options.stem,
         output_stride=options.output_stride,
         first_block_dilation=options.first_block_dilation,
-        **shared,
     )
 
 

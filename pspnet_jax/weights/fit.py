@@ -18,8 +18,8 @@ from pspnet_jax.weights.names import MisfitError, Weights, printable
 
 Shape = tuple[int, ...]
 
-CLASSIFIER = r"(head|aux_head)\.classifier\.(kernel|bias)"
-HEADS = r"(pyramid|head|aux_head)\..*"
+CLASSIFIER = r"(head|aux_head|presence_head)\.classifier\.(kernel|bias)"
+HEADS = r"(pyramid|head|aux_head|presence_head)\..*"
 
 _BLOCK = re.compile(r"backbone\.layer(\d+)_(\d+)\.(\w+)")
 _NUM_SHOWN = 12  # of each kind of fault

@@ -6,7 +6,8 @@
 * Values are not touched; convolution kernels change from [out, in, height, width] to
   [height, width, in, out].
 
-Keys: hszhao/semseg's PSPNet and its ImageNet files with the deep stem; torchvision's ResNets.
+Keys: hszhao/semseg's PSPNet and its ImageNet files with the deep stem; torchvision's ResNets;
+Lextal/pspnet-pytorch's PSPNet on a ResNet.
 """
 
 import functools
@@ -16,9 +17,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-CONV, NORM = "conv", "norm"
+CONV, NORM, LINEAR, PRELU = "conv", "norm", "linear", "prelu"
 _LEAVES = {
     CONV: {"weight": "kernel", "bias": "bias"},
+    LINEAR: {"weight": "kernel", "bias": "bias"},
+    PRELU: {"weight": "slope"},
     NORM: {
         "weight": "scale",
         "bias": "bias",
@@ -26,6 +29,8 @@ _LEAVES = {
         "running_var": "variance",
     },
 }
+# Axes of our kernels in PyTorch's.
+_AXES = {CONV: (2, 3, 1, 0), LINEAR: (1, 0)}
 COUNTER = "num_batches_tracked"
 """Steps that PyTorch's norms counted. Nothing reads them at a fixed momentum; old files lack them."""
 
@@ -146,7 +151,28 @@ def _semseg(bins: Sequence[int]) -> Table:
     return Table("hszhao/semseg's PSPNet", (*stem, *_BLOCKS, *levels, *heads))
 
 
-TABLES: dict[str, Callable[[Sequence[int]], Table]] = {"semseg": _semseg}
+def _lextal(bins: Sequence[int]) -> Table:
+    backbone = (
+        Row("feats.conv1", "backbone.stem.conv1", CONV),
+        Row("feats.bn1", "backbone.stem.norm1", NORM),
+        *(Row(f"feats.{row.theirs}", row.ours, row.kind) for row in _BLOCKS),
+    )
+    levels = (
+        Row(f"psp.stages.{i}.1", f"pyramid.level{size}.conv", CONV) for i, size in enumerate(bins)
+    )
+    heads = (
+        Row("psp.bottleneck", "head.fuse", CONV),
+        Row("up_{n}.conv.0", "head.up{n}.conv", CONV),
+        Row("up_{n}.conv.1", "head.up{n}.norm", NORM),
+        Row("up_{n}.conv.2", "head.up{n}.activation", PRELU),
+        Row("final.0", "head.classifier", CONV),
+        Row("classifier.0", "presence_head.hidden", LINEAR),
+        Row("classifier.2", "presence_head.classifier", LINEAR),
+    )
+    return Table("Lextal/pspnet-pytorch's PSPNet on a ResNet", (*backbone, *levels, *heads))
+
+
+TABLES: dict[str, Callable[[Sequence[int]], Table]] = {"semseg": _semseg, "lextal": _lextal}
 """Family -> its table, given the bins of the pyramid (files number the levels)."""
 
 
@@ -194,8 +220,8 @@ def rename(source: Mapping[str, np.ndarray], table: Table) -> Weights:
             counters[key] = found[0]
         else:
             path, kind = found
-            is_kernel = kind == CONV and path.endswith("kernel") and array.ndim == 4
-            arrays[path] = array.transpose(2, 3, 1, 0) if is_kernel else array
+            axes = _AXES.get(kind, ()) if path.endswith("kernel") else ()
+            arrays[path] = array.transpose(axes) if axes and array.ndim == len(axes) else array
             keys[path] = key
     return Weights(arrays, keys, tuple(unknown), tuple(left_out), counters, table)
 
@@ -232,8 +258,8 @@ def publish(arrays: Mapping[str, np.ndarray], table: Table, *, steps: int) -> di
     published = {}
     for path, array in arrays.items():
         key, kind = table.to_theirs(path)
-        is_kernel = kind == CONV and path.endswith("kernel")
-        published[key] = array.transpose(3, 2, 0, 1) if is_kernel else array
+        axes = _AXES.get(kind, ()) if path.endswith("kernel") else ()
+        published[key] = array.transpose(np.argsort(axes)) if axes else array
         if kind == NORM and path.endswith("mean"):
             published[f"{key.rpartition('.')[0]}.{COUNTER}"] = np.array(steps, np.int64)
     return published

@@ -190,7 +190,7 @@ class PReLU(nnx.Module):
     """max(x, 0) + slope * min(x, 0) with one learned slope for all channels (He et al. 2015), at first 0.25."""
 
     def __init__(self):
-        self.slope = nnx.Param(jnp.full(1, 0.25))
+        self.slope = nnx.Param(0.25 * jnp.ones(1))
 
     def __call__(self, x: Features) -> Features:
         return jnp.where(x > 0, x, _per_channel(self.slope[...].astype(x.dtype)) * x)

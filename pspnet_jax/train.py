@@ -379,12 +379,14 @@ def _resolve_model(config: ConfigDict) -> ModelOptions:
 
 def _class_weights(config: ConfigDict, label_set: LabelSet) -> tuple[float, ...] | None:
     weights = config.loss.class_weights
-    if weights is not None and len(weights) != label_set.num_classes:
+    if weights is None:
+        return None
+    if len(weights) != label_set.num_classes:
         raise ValueError(
             f"loss.class_weights has {len(weights)} factors, label set '{label_set.name}' has "
             f"{label_set.num_classes} classes"
         )
-    return weights
+    return tuple(map(float, weights))
 
 
 def _make_optimizer(config: ConfigDict) -> tuple[Schedule, optax.GradientTransformation]:

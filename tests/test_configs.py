@@ -78,7 +78,8 @@ def test_it_is_the_authors_recipe(data, depth):
     optimizer, train = config.optimizer, config.train
     assert (optimizer.learning_rate, optimizer.power, optimizer.momentum) == (0.01, 0.9, 0.9)
     assert (optimizer.weight_decay, optimizer.head_multiplier) == (1e-4, 10.0)
-    assert config.loss.aux_weight == 0.4
+    assert config.loss.aux_weight is None  # the family's
+    assert FAMILIES[config.model.family].aux_weight == 0.4
     assert train.global_batch_size == 16
     assert train.num_steps == num_epochs * (num_images // 16)
     assert config.evaluate.protocol == "semseg"

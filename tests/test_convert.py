@@ -129,11 +129,27 @@ def test_options_are_read_from_names_and_shapes(overrides):
     assert convert.infer_options(weights, family="semseg", bins=bins, where="file") == wanted
 
 
+def test_the_variant_goes_out_and_in(tmp_path):
+    wanted = options(family="lextal", backbone="resnet18")
+    path = write(tmp_path / "w.safetensors", _published_of(wanted))
+    arguments = {"labels": "camvid", "output": str(tmp_path / "model")}
+    with pytest.raises(ValueError, match=r"is Lextal/pspnet-pytorch's .* choose its --family"):
+        convert.run([path], **arguments)
+    folder = convert.run([path], family="lextal", **arguments)
+    segmenter = pspnet_jax.load(folder)
+    assert segmenter.description.model == wanted
+    assert segmenter.protocol.name == "whole"
+    exported = export.run(str(folder), format="safetensors", output=str(tmp_path / "x.safetensors"))
+    found, _ = safetensors.read(exported)
+    for key, array in _published_of(wanted).items():
+        np.testing.assert_array_equal(found[key], array)
+
+
 def _published_of(wanted):
     """Random weights of a network under published names."""
     _, params, batch_stats = split_model(PSPNet(wanted, 11, rng=np.random.default_rng(0)))
     arrays = {k: np.asarray(v) for k, v in (flatten(params) | flatten(batch_stats)).items()}
-    return names.publish(arrays, names.TABLES["semseg"](wanted.pyramid_bins), steps=0)
+    return names.publish(arrays, names.TABLES[wanted.family](wanted.pyramid_bins), steps=0)
 
 
 @pytest.mark.parametrize(
@@ -278,7 +294,7 @@ def test_backbones_become_one_file_of_our_names(stem, old, tmp_path):
         ({"files": []}, "converted from one file, 0 were given"),
         ({"files": ["nowhere.pth"]}, "there is no such file"),
         ({"files": [str(GOLDENS)]}, "is a folder; a file of weights is wanted"),
-        ({"family": "caffe2"}, "family='caffe2' is not one of semseg"),
+        ({"family": "caffe2"}, "family='caffe2' is not one of semseg, lextal"),
         ({"labels": None}, "say which classes it has, e.g. --labels=ade20k"),
         ({"labels": "voc2012"}, "has 11 classes, label set 'voc2012' has 21"),
         ({"labels": "voc"}, "did you mean 'voc2012'"),

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pspnet_jax.models.pspnet import IMAGENET_8BIT
-from pspnet_jax.train_step import normalize
+from pspnet_jax.losses import segmentation_loss
+from pspnet_jax.models.layers import NoRandomNumbers
+from pspnet_jax.models.pspnet import IMAGENET_8BIT, PSPNet
+from pspnet_jax.train_step import normalize, split_model
 
 GOLDENS = Path(__file__).parent / "goldens"
 sys.path.insert(0, str(GOLDENS))
@@ -63,8 +65,9 @@ class Network:
 
 def network(name: str) -> Network:
     case = CASES[name]
-    model = nnx.eval_shape(lambda: make_lextal.Network(case, dtype=jnp.float64))
-    graphdef, _, _ = nnx.split(model, nnx.Param, nnx.BatchStat)
+    options = case.options(dtype="float64")
+    model = nnx.eval_shape(lambda: PSPNet(options, make_lextal.NUM_CLASSES, rng=NoRandomNumbers()))
+    graphdef, _, _ = split_model(model)
     state = jax.tree.map(jnp.asarray, make_lextal.draw_state(case))
     images, labels = map(jnp.asarray, make_lextal.draw_batch(case))
     return Network(graphdef, state, normalize(images, IMAGENET_8BIT, dtype=jnp.float64), labels)
@@ -89,25 +92,22 @@ def step(request) -> Step:
         @functools.partial(jax.grad, has_aux=True)
         def differentiate(params, batch_stats, images, labels):
             model = nnx.merge(net.graphdef, params, batch_stats)
-            losses = variant_losses(*model(images, train=True), labels)
+            outputs = model(images, train=True, key=jax.random.key(0))
+            losses = segmentation_loss(
+                outputs,
+                labels,
+                aux_weight=0.4,  # there is no such head
+                presence_weight=make_lextal.PRESENCE_WEIGHT,
+                class_weights=tuple(make_lextal.class_weights()),
+                align_corners=True,
+            )
             statistics = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
-            return losses[0], (jnp.stack(losses), statistics)
+            parts = jnp.stack([losses.total, losses.main, losses.presence])
+            return losses.total, (parts, statistics)
 
         gradients, (losses, statistics) = differentiate(*net.state, net.images, net.labels)
         by_path = (dict(make_step.flatten(tree)) for tree in (gradients, statistics))
         return Step(load(request.param), np.asarray(losses), *by_path)
-
-
-def variant_losses(logits, presence_logits, labels) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Total, pixels, presence: both weighted by class, ignored pixels in neither."""
-    weights = jnp.asarray(make_lextal.class_weights())
-    is_class = labels[..., None] == jnp.arange(make_lextal.NUM_CLASSES).reshape(1, 1, 1, -1)
-    weight_of_pixel = is_class * weights.reshape(1, 1, 1, -1)
-    main = -(weight_of_pixel * jax.nn.log_softmax(logits)).sum() / weight_of_pixel.sum()
-    present = is_class.any(axis=(1, 2))
-    binary = jnp.where(present, jax.nn.softplus(-presence_logits), jax.nn.softplus(presence_logits))
-    presence = (binary * weights.reshape(1, -1)).mean()
-    return main + make_lextal.PRESENCE_WEIGHT * presence, main, presence
 
 
 def _assert_near(kind: str, values: dict[str, np.ndarray], golden: dict) -> None:
@@ -152,8 +152,11 @@ def test_scores_in_evaluation(name):
 
         @jit
         def evaluate(state, images):
-            logits, presence_logits = nnx.merge(net.graphdef, *state)(images, train=False)
-            return jax.nn.log_softmax(logits), presence_logits
+            model = nnx.merge(net.graphdef, *state)
+            logits = model(images, train=False).logits
+            # In evaluation the network leaves this head out; its input is the same.
+            features = model.backbone(images, train=False)
+            return jax.nn.log_softmax(logits), model.presence_head(features.stage3)
 
         scores, presence_logits = map(np.asarray, evaluate(net.state, net.images))
     assert scores.shape[1:3] == CASES[name].size

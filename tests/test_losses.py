@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from pspnet_jax.arrays import IGNORE_LABEL, Outputs
-from pspnet_jax.losses import cross_entropy, segmentation_loss
+from pspnet_jax.losses import (
+    cross_entropy,
+    presence_accuracy,
+    presence_loss,
+    presence_of,
+    segmentation_loss,
+)
 from pspnet_jax.resample import resize
 
 BUDGET_SECONDS = 30
@@ -94,3 +100,48 @@ def test_shapes_are_checked():
     logits, labels = logits_and_labels()
     with pytest.raises(Exception, match="labels"):
         cross_entropy(logits, labels[:, :4])
+
+
+def test_class_weights_weigh_pixels_and_divide_by_their_sum():
+    logits = jnp.log(jnp.array([[[[0.5, 0.25, 0.25], [0.1, 0.1, 0.8], [0.2, 0.2, 0.6]]]]))
+    labels = jnp.array([[[0, 2, IGNORE_LABEL]]], jnp.uint8)
+    found = cross_entropy(logits, labels, class_weights=(3.0, 9.0, 1.0))
+    assert float(found) == pytest.approx(-(3 * np.log(0.5) + np.log(0.8)) / 4, rel=1e-6)
+    nothing = cross_entropy(logits, jnp.full_like(labels, 1), class_weights=(1.0, 0.0, 1.0))
+    assert float(nothing) == 0
+
+
+PRESENCE_LABELS = jnp.array([[[0, 2, IGNORE_LABEL]], [[1, 1, 1]]], jnp.uint8)
+PRESENCE_LOGITS = jnp.array([[2.0, -1.0, 3.0], [-2.0, 0.5, 1.0]])
+
+
+def test_presence_is_read_from_the_mask_without_void():
+    expected = [[True, False, True], [False, True, False]]
+    np.testing.assert_array_equal(presence_of(PRESENCE_LABELS, 3), expected)
+
+
+def test_presence_loss_by_hand():
+    signs = np.array([[1, -1, 1], [-1, 1, -1]])
+    terms = np.log1p(np.exp(-signs * np.asarray(PRESENCE_LOGITS, np.float64)))
+    found = float(presence_loss(PRESENCE_LOGITS, PRESENCE_LABELS))
+    assert found == pytest.approx(terms.mean(), rel=1e-6)
+    weights = np.array([1.0, 4.0, 0.5])
+    found = float(presence_loss(PRESENCE_LOGITS, PRESENCE_LABELS, class_weights=tuple(weights)))
+    assert found == pytest.approx((terms * weights).mean(), rel=1e-6)
+
+
+def test_presence_accuracy_counts_pairs():
+    assert float(presence_accuracy(PRESENCE_LOGITS, PRESENCE_LABELS)) == pytest.approx(5 / 6)
+
+
+def test_both_auxiliary_losses_at_once():
+    logits, labels = logits_and_labels()
+    outputs = Outputs(logits, 2 * logits, jnp.ones((2, 4)))
+    weights = {"aux_weight": 0.4, "presence_weight": 0.7, "align_corners": True}
+    losses = segmentation_loss(outputs, labels, **weights)
+    expected = losses.main + 0.4 * losses.aux + 0.7 * losses.presence
+    assert float(losses.total) == pytest.approx(float(expected))
+    assert float(losses.presence) == pytest.approx(float(presence_loss(jnp.ones((2, 4)), labels)))
+    without = segmentation_loss(outputs, labels, **(weights | {"presence_weight": 0.0}))
+    assert float(without.presence) == 0
+    assert float(without.total) == pytest.approx(float(losses.main + 0.4 * losses.aux))

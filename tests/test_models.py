@@ -1,5 +1,6 @@
 """Backbones, pyramid, heads, PSPNet: published sizes, strides, dilations, options and their errors."""
 
+import dataclasses
 import functools
 
 import jax
@@ -17,7 +18,7 @@ from pspnet_jax.models.layers import (
     Linear,
     NoRandomNumbers,
 )
-from pspnet_jax.models.pspnet import FAMILIES, PSPNet, is_head
+from pspnet_jax.models.pspnet import FAMILIES, ModelOptions, PSPNet, is_head
 from pspnet_jax.models.pyramid import PresenceHead, ProgressiveHead, PyramidPooling
 from pspnet_jax.models.resnet import ResNet, stage_strides
 from pspnet_jax.models.squeezenet import SqueezeNet
@@ -501,13 +502,54 @@ def test_size_rule_names_the_nearest_sizes():
         ({"stem": "5x5"}, "stem='5x5'"),
         ({"output_stride": 4}, "output_stride=4 is not one of 8, 16, 32"),
         ({"pyramid_bins": (1, 1)}, "different numbers"),
-        ({"pyramid_bins": (1, 2, 3)}, "64 channels cannot be divided into 3"),
+        ({"head": "progressive", "output_stride": 16}, "needs output_stride=8, not 16"),
+        ({"aux_heads": ("pixels",)}, "aux_heads='pixels' is not one of pixel, presence"),
+        ({"backbone": "densenet121", "stem": "deep"}, "not possible with backbone=densenet121"),
+        ({"backbone": "squeezenet", "output_stride": 16}, "which has 8: leave it out"),
         ({"dtype": "float16"}, "dtype='float16'"),
     ],
 )
 def test_impossible_options_are_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
         options(**overrides)
+
+
+def test_bins_that_do_not_divide_the_channels_are_refused():
+    with pytest.raises(ValueError, match="64 channels cannot be divided into 3"):
+        network(pyramid_bins=(1, 2, 3))
+
+
+# Lextal/pspnet-pytorch, 18 classes; the last two counted in a PyTorch statement of it.
+VARIANT_SIZES = {
+    "resnet18": 17_463_911,
+    "resnet34": 27_572_071,
+    "resnet50": 53_584_999,
+    "resnet101": 72_577_127,
+    "resnet152": 88_220_775,
+    "densenet121": 19_071_911,
+    "squeezenet": 7_009_895,
+}
+
+
+@pytest.mark.parametrize(("backbone", "total"), VARIANT_SIZES.items())
+def test_parameter_counts_of_the_variant(backbone, total):
+    model = shapes_of(18, family="lextal", backbone=backbone)
+    assert count(nnx.state(model, nnx.Param)) == total
+
+
+@pytest.mark.parametrize("heads", [(), ("pixel",), ("presence",), ("pixel", "presence")])
+@pytest.mark.parametrize("family", ["semseg", "lextal"])
+def test_auxiliary_heads_are_those_asked_for_in_every_family(family, heads):
+    model = shapes_of(5, family=family, backbone="resnet18", aux_heads=heads)
+    assert (model.aux_head is not None) == ("pixel" in heads)
+    assert (model.presence_head is not None) == ("presence" in heads)
+
+
+def test_options_from_before_an_option_existed_take_the_familys():
+    section = {
+        k: v for k, v in dataclasses.asdict(options()).items() if k not in ("head", "aux_heads")
+    }
+    assert ModelOptions.resolve(section) == options()
 
 
 def test_overrides_win_over_the_family():

@@ -18,6 +18,7 @@ from pspnet_jax.weights.names import (
 BUDGET_SECONDS = 20
 
 SEMSEG = names.TABLES["semseg"]((1, 2, 3, 6))
+LEXTAL = names.TABLES["lextal"]((1, 2, 3, 6))
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,16 @@ SEMSEG = names.TABLES["semseg"]((1, 2, 3, 6))
         (SEMSEG, "ppm.features.0.2.bias", "pyramid.level1.norm.bias"),
         (SEMSEG, "cls.4.bias", "head.classifier.bias"),
         (SEMSEG, "aux.0.weight", "aux_head.conv.kernel"),
+        (LEXTAL, "feats.conv1.weight", "backbone.stem.conv1.kernel"),
+        (LEXTAL, "feats.layer4.0.downsample.1.bias", "backbone.layer4_0.shortcut.norm.bias"),
+        (LEXTAL, "psp.stages.3.1.weight", "pyramid.level6.conv.kernel"),
+        (LEXTAL, "psp.bottleneck.bias", "head.fuse.bias"),
+        (LEXTAL, "up_2.conv.0.bias", "head.up2.conv.bias"),
+        (LEXTAL, "up_3.conv.1.running_mean", "head.up3.norm.mean"),
+        (LEXTAL, "up_1.conv.2.weight", "head.up1.activation.slope"),
+        (LEXTAL, "final.0.weight", "head.classifier.kernel"),
+        (LEXTAL, "classifier.0.weight", "presence_head.hidden.kernel"),
+        (LEXTAL, "classifier.2.bias", "presence_head.classifier.bias"),
         (BACKBONE, "conv1.weight", "backbone.stem.conv1.kernel"),
         (BACKBONE, "bn3.weight", "backbone.stem.norm3.scale"),
         (BACKBONE, "layer2.1.bn1.bias", "backbone.layer2_1.norm1.bias"),
@@ -96,6 +107,13 @@ def test_keys_of_anybodys_files_are_printed_safely():
     assert printable("cls.4.bias") == "cls.4.bias"
     assert printable("\x1b[31mred") == r"'\x1b[31mred'"
     assert len(printable("x" * 100_000)) < 100
+
+
+def test_matrices_are_transposed():
+    weights = rename({"classifier.0.weight": kernel(5, 3)}, LEXTAL)
+    np.testing.assert_array_equal(weights.arrays["presence_head.hidden.kernel"], kernel(5, 3).T)
+    published = publish(weights.arrays, LEXTAL, steps=0)
+    np.testing.assert_array_equal(published["classifier.0.weight"], kernel(5, 3))
 
 
 def test_publish_is_rename_backwards():

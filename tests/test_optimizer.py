@@ -1,11 +1,11 @@
-"""The schedule against its formula; SGD against PyTorch's rule written in NumPy."""
+"""Schedules against their formulas; SGD and Adam against PyTorch's rules written in NumPy."""
 
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from pspnet_jax.optimizer import poly_schedule, sgd
+from pspnet_jax.optimizer import adam, multistep_schedule, poly_schedule, sgd
 
 BUDGET_SECONDS = 15
 
@@ -65,3 +65,41 @@ def test_sgd_is_pytorchs_rule():
                 velocity[k][n] = 0.9 * velocity[k][n] + decayed
                 expected[k][n] = expected[k][n] - rate * multiplier * velocity[k][n]
                 np.testing.assert_allclose(params[k][n], expected[k][n], rtol=1e-5, atol=1e-6)
+
+
+def test_multistep_schedule_falls_at_its_milestones():
+    schedule = multistep_schedule(0.1, milestones=(3, 5), decay_factor=0.5)
+    found = [float(schedule(step)) for step in range(7)]
+    np.testing.assert_allclose(found, [0.1, 0.1, 0.1, 0.05, 0.05, 0.025, 0.025], rtol=1e-6)
+    warm = multistep_schedule(0.1, milestones=(3,), decay_factor=0.5, warmup_steps=4)
+    np.testing.assert_allclose([float(warm(1)), float(warm(3))], [0.05, 0.05], rtol=1e-6)
+
+
+def test_adam_is_pytorchs_rule():
+    rng = np.random.default_rng(0)
+    start = {"backbone": rng.standard_normal(3), "head": rng.standard_normal(2)}
+    schedule = multistep_schedule(0.1, milestones=(2,), decay_factor=0.1)
+    optimizer = adam(
+        schedule, weight_decay=0.01, head_multiplier=10.0, is_head=lambda path: path[0] == "head"
+    )
+    params = {name: jnp.asarray(value, jnp.float32) for name, value in start.items()}
+    state = optimizer.init(params)
+    expected = dict(start)
+    first, second = (dict.fromkeys(start, 0.0) for _ in range(2))
+    for step in range(4):
+        gradient = {name: np.cos(value + step) for name, value in expected.items()}
+        sent = {name: jnp.asarray(value, jnp.float32) for name, value in gradient.items()}
+        updates, state = optimizer.update(sent, state, params)
+        params = optax.apply_updates(params, updates)
+        rate = 0.1 if step < 2 else 0.01
+        for name, multiplier in (("backbone", 1), ("head", 10)):
+            decayed = gradient[name] + 0.01 * expected[name]
+            first[name] = 0.9 * first[name] + 0.1 * decayed
+            second[name] = 0.999 * second[name] + 0.001 * decayed**2
+            mean, square = (
+                first[name] / (1 - 0.9 ** (step + 1)),
+                second[name] / (1 - 0.999 ** (step + 1)),
+            )
+            move = rate * multiplier * mean / (np.sqrt(square) + 1e-8)
+            expected[name] = expected[name] - move
+            np.testing.assert_allclose(params[name], expected[name], rtol=1e-4, atol=1e-5)

@@ -114,6 +114,34 @@ def test_a_resolved_config_composes_the_same_run(data, tmp_path, protocol):
     assert run.description.protocol.flip is False
 
 
+def test_the_variant_trains_and_says_how_well_it_tells_presence(data, tmp_path):
+    config = tiny(
+        data,
+        model__family="lextal",
+        data__crop_size=(32, 32),
+        loss__aux_weight=0.4,
+        loss__class_weights=tuple(range(1, 12)),
+        optimizer__name="adam",
+        optimizer__schedule="multistep",
+        optimizer__milestones=(1,),
+        train__num_steps=2,
+    )
+    train(config, tmp_path)
+    found = from_json((tmp_path / "config.json").read_text())
+    assert found.model.aux_heads == ("pixel", "presence")
+    assert found.loss.presence_weight == 1.0
+    last = [row for row in rows(tmp_path) if "presence_loss" in row][-1]
+    assert last["loss"] == pytest.approx(
+        last["main_loss"] + 0.4 * last["aux_loss"] + last["presence_loss"], rel=1e-5
+    )
+    assert 0 <= last["presence_accuracy"] <= 1
+    assert last["learning_rate"] == pytest.approx(0.001)
+    assert "presence" in (tmp_path / "log.txt").read_text()
+    config.loss.class_weights = (1.0, 2.0)
+    with pytest.raises(ValueError, match="has 2 factors, label set 'camvid' has 11 classes"):
+        compose(config, tmp_path / "other")
+
+
 def test_windows_have_the_crop_of_the_training(finished, data, tmp_path):
     run = compose(tiny(data, evaluate__protocol="semseg"), tmp_path)
     assert run.description.protocol.crop_size == run.config.evaluate.crop_size == (33, 33)

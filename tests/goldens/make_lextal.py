@@ -7,28 +7,22 @@ in an environment with this package and torch; the test that reads the files nee
 * Parameters and running statistics are drawn by path, and tensors summarized, as in make_step.py.
 * Each file holds log_softmax of the logits and the presence logits in evaluation, then losses,
   gradients and running statistics of one step in training mode, without dropout.
-* The torch side is `experiments/lextal_torch.py`. Only shapes and paths come from the package, which
-  has the parts of this network; `Network` puts them together.
+* The torch side is `experiments/lextal_torch.py`. Only shapes and paths come from the package.
 """
 
-import functools
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import jax
-import jax.numpy as jnp
 import make_step
 import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
 
-from pspnet_jax.models.densenet import DenseNet
-from pspnet_jax.models.layers import TORCH_DEFAULT, BatchNorm, Conv, Linear
-from pspnet_jax.models.pyramid import PresenceHead, ProgressiveHead, PyramidPooling
-from pspnet_jax.models.resnet import ResNet
-from pspnet_jax.models.squeezenet import SqueezeNet
+from pspnet_jax.config import default_config
+from pspnet_jax.models.layers import NoRandomNumbers
+from pspnet_jax.models.pspnet import ModelOptions, PSPNet
+from pspnet_jax.train_step import split_model
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +47,12 @@ class Case:
     width: int = 8
     batch_size: int = 3
     batch_draw: int = 0
+
+    def options(self, *, dtype: str) -> ModelOptions:
+        """Of the network: no dropout, all else as the family has it."""
+        section = default_config().model.to_dict()
+        section.update(family="lextal", backbone=self.backbone, width=self.width)
+        return ModelOptions.resolve(section | {"dropout_rate": 0.0, "dtype": dtype})
 
 
 _HEAD_PARAMS = (
@@ -151,67 +151,13 @@ CASES = {
 }
 
 
-class Network(nnx.Module):
-    """The parts of the package in the arrangement of the variant, without dropout."""
-
-    def __init__(self, case: Case, *, dtype: DTypeLike):
-        rng, width = np.random.default_rng(0), case.width
-        bound = {"initializer": TORCH_DEFAULT, "dtype": dtype}
-        conv, linear = functools.partial(Conv, **bound), functools.partial(Linear, **bound)
-        rest = {"conv": conv, "norm": functools.partial(BatchNorm), "rng": rng}
-        self.backbone = _make_backbone(case, dtype=dtype, rng=rng)
-        self.pyramid = PyramidPooling(
-            self.backbone.stage4_channels,
-            bins=BINS,
-            pool="average",
-            reduction=False,
-            linear=True,
-            map_first=False,
-            align_corners=True,
-            **rest,
-        )
-        self.head = ProgressiveHead(
-            self.pyramid.out_channels,
-            16 * width,
-            NUM_CLASSES,
-            dropout_rate=0.0,
-            align_corners=True,
-            **rest,
-        )
-        self.presence_head = PresenceHead(
-            self.backbone.stage3_channels, 4 * width, NUM_CLASSES, linear=linear, rng=rng
-        )
-
-    def __call__(self, images: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
-        """Logits and presence logits of normalized images."""
-        features = self.backbone(images, train=train)
-        pyramid = self.pyramid(features.stage4, train=train)
-        logits = self.head(pyramid, train=train, key=None)
-        return logits, self.presence_head(features.stage3)
-
-
-def _make_backbone(case: Case, *, dtype: DTypeLike, rng: np.random.Generator) -> nnx.Module:
-    bound = {"width": case.width, "remat": False, "dtype": dtype, "rng": rng}
-    if case.backbone == "squeezenet":
-        return SqueezeNet(case.backbone, **bound)
-    if case.backbone == "densenet121":
-        return DenseNet(case.backbone, frozen_norm=False, **bound)
-    return ResNet(
-        case.backbone,
-        stem="7x7",
-        output_stride=8,
-        first_block_dilation=(1, 1),
-        frozen_norm=False,
-        **bound,
-    )
-
-
 def draw_state(case: Case) -> tuple[dict, dict]:
     """Parameters and running statistics as nested dictionaries, float64."""
-    model = nnx.eval_shape(lambda: Network(case, dtype=jnp.float32))
-    _, *trees = nnx.split(model, nnx.Param, nnx.BatchStat)
-    params, batch_stats = (make_step.draw_tree(nnx.to_pure_dict(tree)) for tree in trees)
-    return params, batch_stats
+    model = nnx.eval_shape(
+        lambda: PSPNet(case.options(dtype="float32"), NUM_CLASSES, rng=NoRandomNumbers())
+    )
+    _, params, batch_stats = split_model(model)
+    return make_step.draw_tree(params), make_step.draw_tree(batch_stats)
 
 
 def draw_batch(case: Case) -> tuple[np.ndarray, np.ndarray]:

@@ -4,8 +4,8 @@
         [--config.data.layout=... --config.data.labels=... --config.data.train_split=... --config.data.val_split=...]
 
 Beside the pixels it learns which classes are somewhere in the image (weight 1), and its head doubles the map three
-times. Adam at 1e-3, divided by ten after 10 and 20 epochs of 20 (the seed's milestone 30 is never reached), batch
-16, crops of 256 x 256. No accuracy was ever published for it, and its own script never ran. As given it trains
+times. Adam at 1e-3, divided by ten after 10 of 20 epochs (its milestones 20 and 30 come when all is over), batch 16,
+crops of 256 x 256. No accuracy was ever published for it, and its own script never ran. As given it trains
 on CamVid (367 images, 22 steps an epoch); for another data set give train.num_steps and optimizer.milestones.
 
 The augmentation is the authors' (semseg), not yet the variant's own.
@@ -30,7 +30,7 @@ def get_config():
     config.optimizer.name = "adam"
     config.optimizer.learning_rate = 1e-3
     config.optimizer.schedule = "multistep"
-    config.optimizer.milestones = (220, 440)
+    config.optimizer.milestones = (220,)
     config.optimizer.weight_decay = 0.0
     config.optimizer.head_multiplier = 1.0
 

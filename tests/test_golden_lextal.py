@@ -42,7 +42,7 @@ TOLERANCES = {
 EVALUATED = list(CASES)
 TRAINED = [
     "squeezenet",
-    "resnet34",
+    pytest.param("resnet34", marks=pytest.mark.slow),
     pytest.param("resnet50", marks=pytest.mark.slow),
     pytest.param("densenet121", marks=pytest.mark.slow),
 ]

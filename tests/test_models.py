@@ -105,7 +105,12 @@ def test_parameter_counts_of_the_other_backbones(name, expected, stage3, stage4)
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("densenet121", (40, 64)), ("squeezenet", (40, 64)), ("squeezenet", (8, 48))]
+    ("name", "size"),
+    [
+        pytest.param("densenet121", (40, 64), marks=pytest.mark.slow),
+        ("squeezenet", (40, 64)),
+        ("squeezenet", (8, 48)),
+    ],
 )
 def test_images_of_8n_give_maps_of_n(name, size):
     model = other_backbone(name)
@@ -438,7 +443,7 @@ def backbone(name, *, remat) -> ResNet | DenseNet | SqueezeNet:
     return other_backbone(name, remat=remat) if name in OTHERS else network(remat=remat).backbone
 
 
-@pytest.mark.parametrize("name", ["resnet10", "squeezenet"])
+@pytest.mark.parametrize("name", ["resnet10", pytest.param("squeezenet", marks=pytest.mark.slow)])
 def test_remat_changes_neither_values_nor_statistics_nor_gradients(name):
     images = jnp.asarray(np.random.default_rng(0).standard_normal((2, 33, 33, 3)), jnp.float32)
     results = []
@@ -463,7 +468,9 @@ def test_remat_changes_neither_values_nor_statistics_nor_gradients(name):
         np.testing.assert_allclose(plain / scale, rematerialized / scale, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["resnet10", *OTHERS])
+@pytest.mark.parametrize(
+    "name", ["resnet10", "squeezenet", pytest.param("densenet121", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("remat", [False, True])
 def test_remat_recomputes_every_block(name, remat):
     model = backbone(name, remat=remat)

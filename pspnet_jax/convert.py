@@ -27,7 +27,7 @@ from pspnet_jax.pretrained import FORMAT, read_file, recognize
 from pspnet_jax.segmenter import Description, model_part, structure
 from pspnet_jax.train_step import split_model
 from pspnet_jax.weights import names, safetensors
-from pspnet_jax.weights.fit import Shape, fit
+from pspnet_jax.weights.fit import Shape, fit, stem_of
 from pspnet_jax.weights.names import BACKBONE, MisfitError, Weights
 
 _BLOCK = re.compile(r"backbone\.layer(\d+)_(\d+)\.(.+)")
@@ -71,16 +71,18 @@ def run(
         raise ValueError(f"{files[0]} is converted already: use it with --config.init_from")
     if pyramid_bins is None and "pyramid_bins" in metadata:  # a file that `export` wrote
         pyramid_bins = tuple(json.loads(metadata["pyramid_bins"]))
-    usual = FAMILIES[family].options["pyramid_bins"]
-    table = recognize(arrays, bins=usual if pyramid_bins is None else pyramid_bins, where=files[0])
-    if table is not BACKBONE and table.source != names.TABLES[family](usual).source:
-        raise ValueError(f"{files[0]} is {table.source}: choose its --family")
-    if labels is None and table is not BACKBONE:
+    found = recognize(arrays, where=files[0])
+    usual = FAMILIES[found or family].options["pyramid_bins"]
+    bins = usual if pyramid_bins is None else pyramid_bins
+    table = BACKBONE if found is None else names.TABLES[found](bins)
+    if found not in (None, family):
+        raise ValueError(f"{files[0]} is {table.source}: choose its --family={found}")
+    if found is not None and labels is None:
         raise ValueError(
             f"{files[0]} is a whole network ({table.source}): say which classes it has, "
             "e.g. --labels=ade20k"
         )
-    if table is BACKBONE and (labels, pyramid_bins) != (None, None):
+    if found is None and (labels, pyramid_bins) != (None, None):
         raise ValueError(
             f"{files[0]} is a backbone without heads, it has no classes and no pyramid: convert it "
             "without --labels and --pyramid_bins, or start a training from it with --config.init_from"
@@ -180,8 +182,7 @@ def infer_options(
         )
     section: dict[str, Any] = {**default_config().model.to_dict(), "family": family}
     section["backbone"], section["width"] = _depth(blocks), width
-    stem_is_deep = any(re.match(r"backbone\.stem\.\w+[23]\.", path) for path in shapes)
-    section["stem"] = "deep" if stem_is_deep else "7x7"
+    section["stem"] = stem_of(shapes)
     has_levels = any(path.startswith("pyramid.") for path in shapes)
     channels = 8 * width * DEPTHS[section["backbone"]][0].expansion
     head = shapes.get("head.conv.kernel", ())
@@ -238,13 +239,9 @@ def _check_amount(
 
 
 def _check_classes(weights: Weights, label_set: LabelSet, file: str) -> None:
-    counts = {
-        weights.arrays[path].size
-        for path in ("head.classifier.bias", "aux_head.classifier.bias")
-        if path in weights.arrays
-    }
+    counts = weights.num_classes
     if counts and label_set.num_classes not in counts:
         raise MisfitError(
-            f"{file} has {'/'.join(map(str, sorted(counts)))} classes, label set '{label_set.name}' has "
+            f"{file} has {'/'.join(map(str, counts))} classes, label set '{label_set.name}' has "
             f"{label_set.num_classes}: choose the --labels it was trained on"
         )

@@ -16,7 +16,7 @@ from pspnet_jax.checkpoint import Tree, flatten, unflatten
 from pspnet_jax.segmenter import read_checkpoint
 from pspnet_jax.weights import names, pytorch, safetensors
 from pspnet_jax.weights.fit import CLASSIFIER, HEADS, fit
-from pspnet_jax.weights.names import BACKBONE, MisfitError, Table, Weights
+from pspnet_jax.weights.names import BACKBONE, MisfitError, Weights
 from pspnet_jax.weights.pytorch import WeightsFileError
 
 # How the keys begin that only one family has.
@@ -50,18 +50,18 @@ def read_file(path: Path | str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         raise MisfitError(f"{path}: {error}") from None
 
 
-def recognize(keys: Iterable[str], *, bins: Sequence[int], where: str) -> Table:
-    """The table whose names a published file uses.
+def recognize(keys: Iterable[str], *, where: str) -> str | None:
+    """The family whose names a published file uses; None for a backbone.
 
     Raises:
-        WeightsFileError: where none does, with some of the names.
+        WeightsFileError: where they are nobody's, with some of the names.
     """
     keys = list(keys)
     for family, beginnings in _BEGINNINGS.items():
         if any(key.startswith(beginnings) for key in keys):
-            return names.TABLES[family](bins)
+            return family
     if any(key.startswith("layer1.") for key in keys):
-        return BACKBONE
+        return None
     raise WeightsFileError(
         f"{where} holds names of no network that is known here: "
         f"{', '.join(map(names.printable, keys[:5]))}, ..."
@@ -75,10 +75,11 @@ def read_weights(path: Path | str, *, bins: Sequence[int]) -> tuple[Weights, Lab
         path: folder or file.
         bins: of the pyramid, because published files only number its levels.
     """
-    files = sorted(Path(path).glob("*.safetensors"))
-    if len(files) == 1 and not (Path(path) / "checkpoints").exists():
+    path = Path(path)
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) == 1 and not (path / "checkpoints").exists():
         path = files[0]  # the folder of a converted backbone
-    if Path(path).is_dir():
+    if path.is_dir():
         stored = read_checkpoint(path, step="best")
         log.info("%s: step %d", path, stored.step)
         arrays = flatten(stored.part["params"]) | flatten(stored.part["batch_stats"])
@@ -86,7 +87,9 @@ def read_weights(path: Path | str, *, bins: Sequence[int]) -> tuple[Weights, Lab
     arrays, metadata = read_file(path)
     if metadata.get("format") == FORMAT:
         return _ours(arrays), None
-    return names.rename(arrays, recognize(arrays, bins=bins, where=str(path))), None
+    family = recognize(arrays, where=str(path))
+    table = BACKBONE if family is None else names.TABLES[family](bins)
+    return names.rename(arrays, table), None
 
 
 def start_from(
@@ -136,15 +139,11 @@ def _other_classes(
 
     Files know no names: theirs are the same where their number is.
     """
-    counts = {
-        weights.arrays[bias].size
-        for bias in ("head.classifier.bias", "aux_head.classifier.bias")
-        if bias in weights.arrays
-    }
+    counts = weights.num_classes
     same_number = not counts or label_set.num_classes in counts
     if same_number and (stored_set is None or stored_set.names == label_set.names):
         return None
-    there = "/".join(map(str, sorted(counts))) + " classes"
+    there = "/".join(map(str, counts)) + " classes"
     there += f" of '{stored_set.name}'" if stored_set else ""
     return f"{there} there, {label_set.num_classes} of '{label_set.name}' here"
 

@@ -159,9 +159,8 @@ class Segmenter:
             canvas = self._sliding_canvas(image, protocol=chosen, windows_per_pass=1)
             return canvas[: image.shape[0], : image.shape[1]]
         batch = self._place(image[None])
-        return _probabilities(*self._state, batch, description=self.description, flip=chosen.flip)[
-            0
-        ]
+        found = _probabilities(*self._state, batch, description=self.description, flip=chosen.flip)
+        return found[0]
 
     def class_map(self, image: RawImage) -> LabelMap:
         """The most probable class of each pixel of one image, as train ids."""
@@ -178,15 +177,11 @@ class Segmenter:
         if protocol.slides:
             _check_raw(np.asarray(images)[0], protocol)
             height, width = images.shape[1:3]
-            maps = [
-                _most_probable(
-                    self._sliding_canvas(
-                        np.asarray(image), protocol=protocol, windows_per_pass=windows_per_pass
-                    )
-                )
-                for image in images
-            ]
-            return np.stack([np.asarray(labels)[:height, :width] for labels in maps])
+            canvas_of = functools.partial(
+                self._sliding_canvas, protocol=protocol, windows_per_pass=windows_per_pass
+            )
+            maps = [np.asarray(_most_probable(canvas_of(image))) for image in np.asarray(images)]
+            return np.stack(maps)[:, :height, :width]
         batch = self._place(images)
         maps = _class_maps(*self._state, batch, description=self.description, flip=protocol.flip)
         return np.asarray(maps)

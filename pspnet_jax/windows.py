@@ -81,7 +81,6 @@ class Protocol:
     def label(self, label_set: LabelSet) -> str:
         """The name, with what differs from its usual form on a label set: 'semseg-noflip'."""
         usual = choose(self.name, label_set)
-        ruled = replace(self, stride=_stride_rule(self.crop_size) if self.crop_size else None)
         parts = [self.name]
         if self.flip != usual.flip:
             parts.append("flip" if self.flip else "noflip")
@@ -91,7 +90,7 @@ class Protocol:
             parts.append(f"base{self.base_size}")
         if self.crop_size and self.crop_size != usual.crop_size:
             parts.append("crop{}x{}".format(*self.crop_size))
-        if self.stride and self.stride != ruled.stride:
+        if self.crop_size and self.stride and self.stride != _stride_rule(self.crop_size):
             parts.append("stride{}x{}".format(*self.stride))
         return "-".join(parts)
 

@@ -21,6 +21,7 @@ Shape = tuple[int, ...]
 CLASSIFIER = r"(head|aux_head|presence_head)\.classifier\.(kernel|bias)"
 HEADS = r"(pyramid|head|aux_head|presence_head)\..*"
 
+_DEEP_STEM = re.compile(r"backbone\.stem\.\w+[23]\.")
 _BLOCK = re.compile(r"backbone\.layer(\d+)_(\d+)\.(\w+)")
 _NUM_SHOWN = 12  # of each kind of fault
 
@@ -92,6 +93,11 @@ def fit(
     return Fit(loaded, tuple(reinitialized), (*weights.left_out, *unused))
 
 
+def stem_of(paths: Iterable[str]) -> str:
+    """'deep' or '7x7', by the paths of a residual network; one of the deep stem's is enough."""
+    return "deep" if any(map(_DEEP_STEM.match, paths)) else "7x7"
+
+
 def _float32(array: np.ndarray) -> Float32[np.ndarray, "..."]:
     with np.errstate(all="ignore"):
         real = array.real if np.iscomplexobj(array) else array
@@ -138,16 +144,12 @@ def _causes_in_backbone(have: Iterable[str], want: Iterable[str]) -> Iterable[st
             f"the file's stages have {blocks} blocks of {convs} convolutions, the network's "
             f"{wanted_blocks} of {wanted_convs}: another depth (--config.model.backbone)"
         )
-    stem, wanted_stem = _stem(have), _stem(want)
+    stem, wanted_stem = stem_of(have), stem_of(want)
     if stem != wanted_stem:
         yield (
             f"the file's stem is {stem}, the network's {wanted_stem}: torchvision's ResNets have 7x7, the "
             f"authors' ImageNet files deep (--config.model.stem={stem})"
         )
-
-
-def _stem(paths: Iterable[str]) -> str:
-    return "deep" if any(path.startswith("backbone.stem.conv2") for path in paths) else "7x7"
 
 
 def _blocks(paths: Iterable[str]) -> tuple[tuple[int, ...], int]:

@@ -205,6 +205,12 @@ class Weights:
     def is_backbone(self) -> bool:
         return all(path.startswith("backbone.") for path in self.arrays)
 
+    @property
+    def num_classes(self) -> tuple[int, ...]:
+        """What the biases of the pixel classifiers say, ascending; one number where they agree."""
+        biases = ("head.classifier.bias", "aux_head.classifier.bias")
+        return tuple(sorted({self.arrays[path].size for path in biases if path in self.arrays}))
+
 
 def rename(source: Mapping[str, np.ndarray], table: Table) -> Weights:
     """A file's tensors under our paths, by a table."""

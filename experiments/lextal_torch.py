@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from pspnet_torch import DEPTHS, IGNORE_LABEL, flatten, stretch
+from pspnet_torch import DEPTHS, IGNORE_LABEL, fill, flatten, stretch
 from torch import Tensor, nn
 
 BACKBONES = (*(name for name in DEPTHS if name != "resnet10"), "squeezenet", "densenet121")
@@ -391,18 +391,9 @@ def load_parameters(
         ValueError: for keys that are filled twice or not at all, or that the model does not have.
         RuntimeError: for shapes that differ (from `load_state_dict`).
     """
-    filled: dict[str, Tensor] = {}
-    for path, array in [*flatten(params), *flatten(batch_stats)]:
-        key = torch_key(path, backbone, bins)
-        if key in filled:
-            raise ValueError(f"'{key}' is filled twice, the second time from '{path}'")
-        # A copy: torch writes into it.
-        filled[key] = torch.from_numpy(np.array(to_torch(array), order="C"))
-    # Left out: steps counted by torch's norm layers, which nothing reads at a fixed momentum, and the
-    # second names of DenseNet's blocks.
-    left_out = re.compile(r".*\.num_batches_tracked|feats\.(denseblock|transition)\d\..*")
-    wanted = {key for key in model.state_dict() if not left_out.fullmatch(key)}
-    if wanted != set(filled):
-        missing, extra = sorted(wanted - set(filled)), sorted(set(filled) - wanted)
-        raise ValueError(f"not filled: {missing}; not in the network: {extra}")
-    model.load_state_dict(filled, strict=False)
+    entries = [
+        (torch_key(path, backbone, bins), path, to_torch(array))
+        for path, array in [*flatten(params), *flatten(batch_stats)]
+    ]
+    # DenseNet's blocks have second names.
+    fill(model, entries, left_out=r"feats\.(denseblock|transition)\d\..*")

@@ -9,7 +9,7 @@
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -317,17 +317,33 @@ def load_parameters(
         ValueError: for keys that are filled twice or not at all, or that the model does not have.
         RuntimeError: for shapes that differ (from `load_state_dict`).
     """
-    filled: dict[str, Tensor] = {}
+    entries = []
     for path, array in [*flatten(params), *flatten(batch_stats)]:
         key, axes = torch_key(path, bins)
+        entries.append((key, path, array if axes is None else array.transpose(axes)))
+    fill(model, entries)
+
+
+def fill(
+    model: nn.Module, entries: Iterable[tuple[str, str, np.ndarray]], *, left_out: str = r"(?!)"
+) -> None:
+    """Give a module all its values, from (key, our path, array in PyTorch's layout).
+
+    Args:
+        left_out: pattern of keys of the module that are not filled, beside the counters of norms.
+
+    Raises:
+        ValueError: for keys that are filled twice or not at all, or that the module does not have.
+        RuntimeError: for shapes that differ (from `load_state_dict`).
+    """
+    filled: dict[str, Tensor] = {}
+    for key, path, array in entries:
         if key in filled:
             raise ValueError(f"'{key}' is filled twice, the second time from '{path}'")
-        transposed = array if axes is None else array.transpose(axes)
-        filled[key] = torch.from_numpy(
-            np.array(transposed, order="C")
-        )  # a copy: torch writes into it
+        filled[key] = torch.from_numpy(np.array(array, order="C"))  # a copy: torch writes into it
     # Steps counted by torch's norm layers; nothing reads them at a fixed momentum.
-    wanted = {key for key in model.state_dict() if not key.endswith("num_batches_tracked")}
+    ignored = re.compile(rf".*\.num_batches_tracked|{left_out}")
+    wanted = {key for key in model.state_dict() if not ignored.fullmatch(key)}
     if wanted != set(filled):
         missing, extra = sorted(wanted - set(filled)), sorted(set(filled) - wanted)
         raise ValueError(f"not filled: {missing}; not in the network: {extra}")

@@ -35,9 +35,11 @@ def default_config() -> ConfigDict:
     data.num_workers = 0  # loader processes; 0 = threads of this one
 
     augment = config.augment = ConfigDict()
-    augment.recipe = "semseg"  # semseg | none
+    augment.recipe = "semseg"  # semseg | lextal | none
     augment.scale_min = placeholder(float)  # factor, above 0
     augment.scale_max = placeholder(float)  # factor, at least scale_min
+    augment.area_min = placeholder(float)  # of the window, share of the image, 0..1; lextal only
+    augment.aspect_max = placeholder(float)  # of the window's sides, at least 1; lextal only
     augment.rotation_degrees = placeholder(float)  # drawn from +- this; 0..180
     augment.rotation_probability = placeholder(float)  # 0..1
     augment.blur_probability = placeholder(float)  # 0..1
@@ -122,9 +124,11 @@ _CONSTRAINTS: dict[str, tuple[Callable, str]] = {
     "data.layout": _one_of("ade20k", "camvid", "cityscapes", "list", "pairs", "voc2012"),
     "data.crop_size": _PAIR,
     "data.num_workers": _AT_LEAST_0,
-    "augment.recipe": _one_of("semseg", "none"),
+    "augment.recipe": _one_of("semseg", "lextal", "none"),
     "augment.scale_min": _POSITIVE,
     "augment.scale_max": _POSITIVE,
+    "augment.area_min": (lambda x: 0 < x <= 1, "within 0..1, 0 excluded"),
+    "augment.aspect_max": (lambda x: x >= 1, "at least 1"),
     "augment.rotation_degrees": (lambda x: 0 <= x <= 180, "within 0..180"),
     "augment.rotation_probability": _FRACTION,
     "augment.blur_probability": _FRACTION,

@@ -9,7 +9,7 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from pspnet_jax import config as config_module
 from pspnet_jax import evaluate, parallel, windows
-from pspnet_jax.arrays import Batch
+from pspnet_jax.arrays import Batch, Example
 from pspnet_jax.catalog import LabelSet, load_label_set
 from pspnet_jax.checkpoint import (
     CheckpointFolder,
@@ -33,8 +33,8 @@ from pspnet_jax.checkpoint import (
     digest,
     flatten,
 )
+from pspnet_jax.data import transforms
 from pspnet_jax.data.pipeline import Source, training_batches
-from pspnet_jax.data.transforms import Augmentation, RandomCrop
 from pspnet_jax.metric_writer import MetricWriter, Progress, log_to, write_whole
 from pspnet_jax.models.pspnet import (
     AUX_HEADS,
@@ -104,7 +104,7 @@ class Run:
     mesh: Mesh
     source: Source
     validation: Source
-    augment: RandomCrop
+    augment: Callable[[Example, np.random.Generator], Example]
     initial_state: TrainState
     train_step: TrainStep
     checkpoints: CheckpointFolder
@@ -300,7 +300,7 @@ def compose(config: ConfigDict, workdir: Path) -> Run:
     label_set = load_label_set(config.data.labels)
     options = _resolve_model(config)
     family = FAMILIES[options.family]
-    augmentation = Augmentation.resolve(config.augment.to_dict())
+    augment_options = transforms.resolve(config.augment.to_dict())
     crop_height, crop_width = config.data.crop_size or label_set.crop_size
     crop_size = (crop_height, crop_width)
     _check_crop_size(crop_size, options)
@@ -310,7 +310,7 @@ def compose(config: ConfigDict, workdir: Path) -> Run:
     parallel.check_batch_size(config.train.global_batch_size, mesh)
     # What was left open is written down, so that config.json says what was done.
     config.model.update(dataclasses.asdict(options))
-    config.augment.update(dataclasses.asdict(augmentation))
+    config.augment.update(augment_options)
     config.data.crop_size = crop_size
     config.evaluate.split = config.evaluate.split or config.data.val_split
     protocol = _choose_protocol(config, label_set)
@@ -337,7 +337,9 @@ def compose(config: ConfigDict, workdir: Path) -> Run:
         mesh=mesh,
         source=source,
         validation=validation,
-        augment=RandomCrop(augmentation, crop_size, fill=family.normalization.mean_color),
+        augment=transforms.make_augment(
+            augment_options, crop_size, fill=family.normalization.mean_color
+        ),
         initial_state=create_train_state(model, optimizer),
         train_step=compile_step(step, mesh),
         checkpoints=CheckpointFolder(workdir / "checkpoints"),

@@ -8,7 +8,7 @@ import pytest
 
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.config import validate
-from pspnet_jax.data.transforms import Augmentation
+from pspnet_jax.data import transforms
 from pspnet_jax.models.pspnet import FAMILIES, ModelOptions, check_size
 
 BUDGET_SECONDS = 20
@@ -73,8 +73,9 @@ def test_it_is_the_authors_recipe(data, depth):
     crop_size = config.data.crop_size or label_set.crop_size
     large = data == "cityscapes"
     assert (crop_size, label_set.base_size) == (((713, 713), 2048) if large else ((473, 473), 512))
-    augment = Augmentation.resolve(config.augment.to_dict())
-    assert augment == Augmentation("semseg", 0.5, 2.0, 10.0, 0.5, 0.5, 0.5)
+    augment = transforms.resolve(config.augment.to_dict())
+    assert augment.pop("recipe") == "semseg"
+    assert list(augment.values()) == [0.5, 2.0, 10.0, 0.5, 0.5, 0.5]
     optimizer, train = config.optimizer, config.train
     assert (optimizer.learning_rate, optimizer.power, optimizer.momentum) == (0.01, 0.9, 0.9)
     assert (optimizer.weight_decay, optimizer.head_multiplier) == (1e-4, 10.0)

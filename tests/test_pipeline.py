@@ -8,16 +8,16 @@ import pytest
 
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.config import default_config
+from pspnet_jax.data import transforms
 from pspnet_jax.data.folders import DataError, FolderSource
 from pspnet_jax.data.pipeline import evaluation_examples, open_source, training_batches
-from pspnet_jax.data.transforms import Augmentation, RandomCrop
 
 from pictures import ExampleSource, write_split
 
 BUDGET_SECONDS = 60
 
-AUGMENT = RandomCrop(
-    Augmentation.resolve(default_config().augment.to_dict()), (33, 33), (124, 116, 104)
+AUGMENT = transforms.make_augment(
+    transforms.resolve(default_config().augment.to_dict()), (33, 33), fill=(124, 116, 104)
 )
 
 

@@ -8,7 +8,10 @@ times. Adam at 1e-3, divided by ten after 10 of 20 epochs (its milestones 20 and
 crops of 256 x 256. No accuracy was ever published for it, and its own script never ran. As given it trains
 on CamVid (367 images, 22 steps an epoch); for another data set give train.num_steps and optimizer.milestones.
 
-The augmentation is the authors' (semseg), not yet the variant's own.
+Views (recipe `lextal`): a window of 0.5 to 1 of the image and aspect 3/4 to 4/3, stretched to the crop, mirrored every
+second time, turned by -10 to 9 whole degrees. Its code has these steps and never runs them; what it does wrong is done
+right here: images are sampled linearly instead of by the nearest pixel, and the corners that the rotation opens are
+the mean color and void instead of black and class 0.
 """
 
 from pspnet_jax.config import default_config
@@ -23,6 +26,8 @@ def get_config():
     config.data.train_split = "train"
     config.data.val_split = "val"
     config.data.crop_size = (256, 256)
+
+    config.augment.recipe = "lextal"
 
     config.model.family = "lextal"
     config.model.backbone = "resnet34"

@@ -45,7 +45,7 @@ def test_recipes_resolve_and_overrides_win():
 
 
 def test_options_that_would_do_nothing_are_refused():
-    with pytest.raises(ValueError, match="blur_probability=0.5, augment.scale_min=0.7 would do"):
+    with pytest.raises(ValueError, match=r"blur_probability=0.5, augment.scale_min=0.7 would do"):
         recipe("lextal", scale_min=0.7, blur_probability=0.5)
     with pytest.raises(
         ValueError, match=r"area_min=0.5 would do nothing: recipe 'semseg' has scale_"

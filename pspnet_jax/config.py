@@ -35,11 +35,14 @@ def default_config() -> ConfigDict:
     data.num_workers = 0  # loader processes; 0 = threads of this one
 
     augment = config.augment = ConfigDict()
-    augment.recipe = "semseg"  # semseg | lextal | none
+    augment.recipe = "semseg"  # semseg | mmseg | lextal | none; each has some of these:
     augment.scale_min = placeholder(float)  # factor, above 0
     augment.scale_max = placeholder(float)  # factor, at least scale_min
-    augment.area_min = placeholder(float)  # of the window, share of the image, 0..1; lextal only
-    augment.aspect_max = placeholder(float)  # of the window's sides, at least 1; lextal only
+    augment.base_size = placeholder(tuple)  # (long, short) side at scale 1, pixels; mmseg
+    augment.class_share_max = placeholder(float)  # of a crop's labeled pixels, 0..1; mmseg
+    augment.color_probability = placeholder(float)  # of each change of color, 0..1; mmseg
+    augment.area_min = placeholder(float)  # of the window, share of the image, 0..1; lextal
+    augment.aspect_max = placeholder(float)  # of the window's sides, at least 1; lextal
     augment.rotation_degrees = placeholder(float)  # drawn from +- this; 0..180
     augment.rotation_probability = placeholder(float)  # 0..1
     augment.blur_probability = placeholder(float)  # 0..1
@@ -124,9 +127,12 @@ _CONSTRAINTS: dict[str, tuple[Callable, str]] = {
     "data.layout": _one_of("ade20k", "camvid", "cityscapes", "list", "pairs", "voc2012"),
     "data.crop_size": _PAIR,
     "data.num_workers": _AT_LEAST_0,
-    "augment.recipe": _one_of("semseg", "lextal", "none"),
+    "augment.recipe": _one_of("semseg", "mmseg", "lextal", "none"),
     "augment.scale_min": _POSITIVE,
     "augment.scale_max": _POSITIVE,
+    "augment.base_size": _PAIR,
+    "augment.class_share_max": _FRACTION,
+    "augment.color_probability": _FRACTION,
     "augment.area_min": (lambda x: 0 < x <= 1, "within 0..1, 0 excluded"),
     "augment.aspect_max": (lambda x: x >= 1, "at least 1"),
     "augment.rotation_degrees": (lambda x: 0 <= x <= 180, "within 0..180"),

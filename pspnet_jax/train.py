@@ -9,7 +9,7 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from pspnet_jax import config as config_module
 from pspnet_jax import evaluate, parallel, windows
-from pspnet_jax.arrays import Batch, Example
+from pspnet_jax.arrays import Batch
 from pspnet_jax.catalog import LabelSet, load_label_set
 from pspnet_jax.checkpoint import (
     CheckpointFolder,
@@ -104,7 +104,7 @@ class Run:
     mesh: Mesh
     source: Source
     validation: Source
-    augment: Callable[[Example, np.random.Generator], Example]
+    augment: transforms.RandomView
     initial_state: TrainState
     train_step: TrainStep
     checkpoints: CheckpointFolder

@@ -34,7 +34,7 @@ LAYERS = [
 # Within a folder, in the order of the flow.
 FOLDERS = {
     "weights/": ["names", "fit", "pickles", "pytorch", "safetensors"],
-    "data/": ["folders", "scenes", "transforms", "pipeline"],
+    "data/": ["folders", "scenes", "views", "transforms", "pipeline"],
     "models/": ["layers", "resnet", "densenet", "squeezenet", "pyramid", "pspnet"],
 }
 FOUNDATIONS = {"arrays", "resample", "catalog"}  # where the modules of layer 2 meet
@@ -48,7 +48,7 @@ PURE = [
     "windows",
     "visualize",
 ]
-PURE += [f"models/{module}" for module in FOLDERS["models/"]] + ["data/transforms"]
+PURE += [f"models/{module}" for module in FOLDERS["models/"]] + ["data/views", "data/transforms"]
 IMPURE_IMPORTS = {"os", "time", "pathlib", "shutil", "random", "logging", "sys", "io", "tempfile"}
 
 

@@ -75,6 +75,13 @@ def default_config() -> ConfigDict:
     loss.aux_weight = placeholder(float)  # of the pixelwise auxiliary head; at least 0
     loss.presence_weight = placeholder(float)  # of the presence of classes in images; at least 0
     loss.class_weights = placeholder(tuple)  # one factor for each class; at least 0
+    loss.label_smoothing = 0.0  # share of the target that is spread over all classes, 0..1
+    loss.ohem_threshold = placeholder(float)  # only pixels of at most this probability count, 0..1
+    loss.ohem_share_min = (
+        0.0625  # of the valid pixels that count in any case, 0..1; with ohem_threshold
+    )
+    loss.normalizer = "valid"  # divide by pixels: valid (that count) | all
+    loss.resolution = "full"  # full: logits at label size | eighth: labels at that of the logits
 
     optimizer = config.optimizer = ConfigDict()
     optimizer.name = "sgd"  # sgd | adam
@@ -90,6 +97,10 @@ def default_config() -> ConfigDict:
 
     train = config.train = ConfigDict()
     train.global_batch_size = 16  # images per step over all devices
+    train.recipe_batch_size = placeholder(
+        int
+    )  # that learning rate and steps are for: both are scaled
+    train.accumulate_steps = 1  # parts of the batch that go through one after the other
     train.num_steps = 126_300  # optimizer steps
     train.log_every_steps = 50
     train.evaluate_every_steps = 10_000  # and after the last step
@@ -152,6 +163,11 @@ _CONSTRAINTS: dict[str, tuple[Callable, str]] = {
         lambda x: all(v >= 0 for v in x) and any(v > 0 for v in x),
         "factors of at least 0, not all 0",
     ),
+    "loss.label_smoothing": (lambda x: 0 <= x < 1, "within 0..1, 1 excluded"),
+    "loss.ohem_threshold": (lambda x: 0 < x < 1, "within 0..1, both excluded"),
+    "loss.ohem_share_min": _FRACTION,
+    "loss.normalizer": _one_of("valid", "all"),
+    "loss.resolution": _one_of("full", "eighth"),
     "optimizer.name": _one_of("sgd", "adam"),
     "optimizer.learning_rate": _POSITIVE,
     "optimizer.schedule": _one_of("poly", "multistep"),
@@ -166,6 +182,8 @@ _CONSTRAINTS: dict[str, tuple[Callable, str]] = {
     "optimizer.weight_decay": _AT_LEAST_0,
     "optimizer.head_multiplier": _POSITIVE,
     "train.global_batch_size": _COUNT,
+    "train.recipe_batch_size": _COUNT,
+    "train.accumulate_steps": _COUNT,
     "train.num_steps": _COUNT,
     "train.log_every_steps": _COUNT,
     "train.evaluate_every_steps": _COUNT,
@@ -200,6 +218,41 @@ def validate(config: ConfigDict) -> None:
         faults.append(f"name={config.name!r} must be the name of a folder")
     if faults:
         raise ValueError("the config has faults:\n  " + "\n  ".join(faults))
+
+
+def scale_to_batch(config: ConfigDict) -> str | None:
+    """Bring learning rate and steps from `train.recipe_batch_size` to the batch at hand, in place.
+
+    The linear rule (Goyal et al. 2017): the rate in proportion to the batch, as many images in all.
+
+    Returns:
+        What was changed, in words; None where nothing was.
+    """
+    recipe, batch = config.train.recipe_batch_size, config.train.global_batch_size
+    if recipe is None or recipe == batch:
+        return None
+    said = []
+    for section, name, factor in (
+        ("optimizer", "learning_rate", batch / recipe),
+        ("optimizer", "warmup_steps", recipe / batch),
+        ("optimizer", "milestones", recipe / batch),
+        ("train", "num_steps", recipe / batch),
+        ("train", "evaluate_every_steps", recipe / batch),
+        ("train", "checkpoint_every_steps", recipe / batch),
+    ):
+        old = config[section][name]
+        if isinstance(old, float):
+            new = old * factor
+        elif isinstance(old, tuple):
+            new = tuple(max(round(step * factor), 1) for step in old)
+        else:
+            new = max(round(old * factor), 1) if old else 0
+        if new != old:
+            config[section][name] = new
+            said.append(f"{section}.{name}: {old} -> {new}")
+    config.train.recipe_batch_size = batch
+    listed = "\n  ".join(said)
+    return f"from a batch of {recipe} to one of {batch} images:\n  {listed}"
 
 
 def option_names() -> list[str]:

@@ -300,7 +300,10 @@ def _refuse_unused_options(verb: str, argv: list[str]) -> None:
     ]
     if not unused:
         return
-    takes = ", ".join(option.removeprefix("--config.").rstrip("=") for option in used)
+    takes = ", ".join(
+        option.removeprefix("--config.").replace("=", "").replace("data.", "data.*")
+        for option in used
+    )
     own = "; the protocol has flags of its own (--protocol, --scales, --noflip, ...)"
     raise flags.Error(
         f"{verb} does not use {', '.join(unused)}: of a config it takes {takes}"

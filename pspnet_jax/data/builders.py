@@ -240,7 +240,8 @@ def _describe(splits: Mapping[str, FolderSource], layout: str, label_set: LabelS
             f"{pair.name} {image} {mask}\n"
             for pair, (image, mask) in zip(source.pairs, sizes, strict=True)
         ]
-        stored_as = re.sub(r"\W+", "_", Path(split).name.removesuffix(".txt"))
+        # TFDS reads a split's name as a formula, so only letters, digits and underscores stay.
+        stored_as = re.sub(r"\W+", "_", Path(split).name.removesuffix(".txt"), flags=re.ASCII)
         while stored_as in taken:  # lists may have one name in two folders
             stored_as += "_"
         taken.add(stored_as)

@@ -68,7 +68,7 @@ def prepare(
         log.info("%s holds these examples already; nothing to do", folder)
         return folder
     output.mkdir(parents=True, exist_ok=True)
-    for leftover in (output / NAME).glob(f"*_{VERSION}"):
+    for leftover in (output / NAME).glob(f"incomplete.*_{VERSION}"):
         log.info("%s: removing what an interrupted preparation left", leftover)
         shutil.rmtree(leftover)
     num_bytes = sum(split["num_bytes"] for split in contents["splits"].values())

@@ -23,9 +23,9 @@ def default_config() -> ConfigDict:
     config.seed = 0  # of initialization, order of images, augmentation, dropout; at least 0
 
     data = config.data = ConfigDict()
-    data.source = "folder"  # folder | scenes
+    data.source = "folder"  # folder | prepared | scenes
     data.layout = "ade20k"  # of a folder: ade20k | camvid | cityscapes | list | pairs | voc2012
-    data.root = placeholder(str)  # the folder that holds images and masks
+    data.root = placeholder(str)  # folder of images and masks, or what prepare wrote
     # ade20k | ade20k_train_ids | camvid | cityscapes | cityscapes_train_ids | scenes | voc2012, or a CSV
     # file id,name,red,green,blue,raw_ids
     data.labels = "ade20k"
@@ -134,7 +134,7 @@ def _one_of(*values: str) -> tuple[Callable[[str], bool], str]:
 
 _CONSTRAINTS: dict[str, tuple[Callable, str]] = {
     "seed": _AT_LEAST_0,
-    "data.source": _one_of("folder", "scenes"),
+    "data.source": _one_of("folder", "prepared", "scenes"),
     "data.layout": _one_of("ade20k", "camvid", "cityscapes", "list", "pairs", "voc2012"),
     "data.crop_size": _PAIR,
     "data.num_workers": _AT_LEAST_0,

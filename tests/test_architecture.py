@@ -26,7 +26,7 @@ LAYERS = [
     ["data/", "models/", "losses", "optimizer", "metrics", "parallel", "visualize"],
     ["train_step", "windows"],
     ["segmenter"],
-    ["report", "evaluate", "predict", "pretrained", "convert", "export"],
+    ["report", "evaluate", "predict", "prepare", "pretrained", "convert", "export"],
     ["train"],
     ["main"],
     ["__init__"],
@@ -34,7 +34,7 @@ LAYERS = [
 # Within a folder, in the order of the flow.
 FOLDERS = {
     "weights/": ["names", "fit", "pickles", "pytorch", "safetensors"],
-    "data/": ["folders", "scenes", "views", "transforms", "pipeline"],
+    "data/": ["folders", "builders", "scenes", "views", "transforms", "pipeline"],
     "models/": ["layers", "resnet", "densenet", "squeezenet", "pyramid", "pspnet"],
 }
 FOUNDATIONS = {"arrays", "resample", "catalog"}  # where the modules of layer 2 meet
@@ -135,7 +135,7 @@ def test_torch_is_imported_nowhere_and_nothing_is_unpickled():
 def test_importing_the_package_and_the_command_line_is_cheap():
     code = (
         "import sys, pspnet_jax, pspnet_jax.main; "
-        "heavy = {'jax', 'flax', 'cv2', 'grain', 'orbax'} & set(sys.modules); "
+        "heavy = {'jax', 'flax', 'cv2', 'grain', 'orbax', 'tensorflow_datasets'} & set(sys.modules); "
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+from jaxtyping import UInt8
 
 from pspnet_jax.arrays import Example, LabelMap, RawImage
 from pspnet_jax.catalog import LabelSet
@@ -22,6 +23,9 @@ from pspnet_jax.catalog import LabelSet
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 MASK_SUFFIXES = (".png",)
 _NUM_SHOWN = 5
+
+EncodedFile = UInt8[np.ndarray, "_num_bytes"]
+"""The bytes of a JPEG or PNG file."""
 
 
 class DataError(ValueError):
@@ -96,7 +100,9 @@ _ENCODINGS = {"cityscapes": "_labelIds", "cityscapes_train_ids": "_labelTrainIds
 """How the names of the masks end that a label set reads; their values overlap."""
 
 
-class _Pair(NamedTuple):
+class Pair(NamedTuple):
+    """The files of one example."""
+
     name: str
     image: Path
     mask: Path
@@ -120,32 +126,22 @@ class FolderSource:
         row = LAYOUTS[layout]
         try:
             if isinstance(row, ListLayout):
-                self._pairs = _pairs_of_list(root, row, split)
+                self.pairs = _pairs_of_list(root, row, split)
             else:
-                self._pairs = _pairs_of_folders(root, row, split, label_set)
-            _check_encoding(self._pairs, label_set)
+                self.pairs = _pairs_of_folders(root, row, split, label_set)
+            _check_encoding(self.pairs, label_set)
         except DataError as error:
             raise DataError(f"{error}\n  layout    {layout}\n  origin    {row.origin}") from None
-        self.names = [pair.name for pair in self._pairs]
+        self.names = [pair.name for pair in self.pairs]
         self._label_set = label_set
 
     def __len__(self) -> int:
-        return len(self._pairs)
+        return len(self.pairs)
 
     def __getitem__(self, index: int) -> Example:
-        _, image_path, mask_path = self._pairs[index]
-        image, mask = read_image(image_path), read_mask(mask_path)
-        if image.shape[:2] != mask.shape[:2]:
-            raise DataError(
-                f"sizes differ: {image_path} is {image.shape[0]}x{image.shape[1]} (height x width), "
-                f"{mask_path} is {mask.shape[0]}x{mask.shape[1]}"
-            )
-        to_labels = self._label_set.from_raw if mask.ndim == 2 else self._label_set.from_colors
-        try:
-            labels = to_labels(mask)
-        except ValueError as error:
-            raise DataError(f"{mask_path}: {error}") from None
-        return Example(image, labels, np.int32(index))
+        pair = self.pairs[index]
+        image, mask = _read_bytes(pair.image), _read_bytes(pair.mask)
+        return decode_example(image, mask, index, files=pair, label_set=self._label_set)
 
 
 def read_image(path: Path | str) -> RawImage:
@@ -154,7 +150,7 @@ def read_image(path: Path | str) -> RawImage:
     Raises:
         DataError: naming the file, where it is missing, empty, truncated or no image.
     """
-    return _decode(path, cv2.IMREAD_COLOR_RGB)
+    return _decode(_read_bytes(path), path, cv2.IMREAD_COLOR_RGB)
 
 
 def read_mask(path: Path | str) -> LabelMap | RawImage:
@@ -163,7 +159,38 @@ def read_mask(path: Path | str) -> LabelMap | RawImage:
     Raises:
         DataError: where it cannot be read or is not an 8-bit image of one or three channels.
     """
-    mask = _decode(path, cv2.IMREAD_UNCHANGED)
+    return _decode_mask(_read_bytes(path), path)
+
+
+def decode_example(
+    image: EncodedFile, mask: EncodedFile, index: int, *, files: Pair, label_set: LabelSet
+) -> Example:
+    """The bytes of an image file and of its mask file as an example.
+
+    Args:
+        index: position in the data set.
+        files: what errors name.
+
+    Raises:
+        DataError: where one cannot be decoded, sizes differ, or the label set does not list a value.
+    """
+    photograph = _decode(image, files.image, cv2.IMREAD_COLOR_RGB)
+    raw_mask = _decode_mask(mask, files.mask)
+    if photograph.shape[:2] != raw_mask.shape[:2]:
+        raise DataError(
+            f"sizes differ: {files.image} is {photograph.shape[0]}x{photograph.shape[1]} "
+            f"(height x width), {files.mask} is {raw_mask.shape[0]}x{raw_mask.shape[1]}"
+        )
+    to_labels = label_set.from_raw if raw_mask.ndim == 2 else label_set.from_colors
+    try:
+        labels = to_labels(raw_mask)
+    except ValueError as error:
+        raise DataError(f"{files.mask}: {error}") from None
+    return Example(photograph, labels, np.int32(index))
+
+
+def _decode_mask(encoded: EncodedFile, path: Path | str) -> LabelMap | RawImage:
+    mask = _decode(encoded, path, cv2.IMREAD_UNCHANGED)
     num_channels = 1 if mask.ndim == 2 else mask.shape[2]
     if num_channels not in (1, 3) or mask.dtype != np.uint8:
         raise DataError(
@@ -173,11 +200,14 @@ def read_mask(path: Path | str) -> LabelMap | RawImage:
     return mask if mask.ndim == 2 else mask[..., ::-1]
 
 
-def _decode(path: Path | str, mode: int) -> np.ndarray:
+def _read_bytes(path: Path | str) -> EncodedFile:
     try:
-        encoded = np.fromfile(path, np.uint8)
+        return np.fromfile(path, np.uint8)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
+
+
+def _decode(encoded: EncodedFile, path: Path | str, mode: int) -> np.ndarray:
     if encoded.size == 0:
         raise DataError(f"{path}: the file is empty")
     try:
@@ -191,7 +221,7 @@ def _decode(path: Path | str, mode: int) -> np.ndarray:
 
 def _pairs_of_folders(
     root: str | None, layout: Layout, split: str, label_set: LabelSet
-) -> list[_Pair]:
+) -> list[Pair]:
     image_folder, mask_folder = _find_folders(root, layout, split)
     # Masks of one's own classes for Cityscapes are read from the ids that the data set comes with.
     encoding = _ENCODINGS.get(label_set.name, _ENCODINGS["cityscapes"])
@@ -202,7 +232,7 @@ def _pairs_of_folders(
         expected = ", ".join(image_pattern + suffix for suffix in IMAGE_SUFFIXES)
         raise DataError(f"{image_folder} holds no {expected} files: zero images")
     _report_unpaired(images, masks, image_folder / image_pattern, mask_folder / mask_pattern)
-    return [_Pair(name, images[name], masks[name]) for name in sorted(images)]
+    return [Pair(name, images[name], masks[name]) for name in sorted(images)]
 
 
 def _find_folders(root: str | None, layout: Layout, split: str) -> tuple[Path, Path]:
@@ -260,7 +290,7 @@ def _report_unpaired(
         raise DataError("images and masks do not pair up by name:\n  " + "\n  ".join(faults))
 
 
-def _pairs_of_list(root: str | None, layout: ListLayout, split: str) -> list[_Pair]:
+def _pairs_of_list(root: str | None, layout: ListLayout, split: str) -> list[Pair]:
     list_file = Path(root or "DIR") / layout.list_file.format(split=split)
     if root is None or not list_file.is_file():
         beside = sorted(path.name for path in list_file.parent.glob("*.txt"))
@@ -270,7 +300,7 @@ def _pairs_of_list(root: str | None, layout: ListLayout, split: str) -> list[_Pa
     if not rows:
         raise DataError(f"{list_file} is empty: zero images")
     _report_missing(list_file, rows, Path(root))
-    return [_Pair(Path(row[0]).stem, Path(root) / row[0], Path(root) / row[1]) for row in rows]
+    return [Pair(Path(row[0]).stem, Path(root) / row[0], Path(root) / row[1]) for row in rows]
 
 
 def _read_list(list_file: Path, layout: ListLayout, split: str) -> list[tuple[str, str]]:
@@ -322,7 +352,7 @@ def _report_missing(list_file: Path, rows: list[tuple[str, str]], root: Path) ->
         )
 
 
-def _check_encoding(pairs: list[_Pair], label_set: LabelSet) -> None:
+def _check_encoding(pairs: list[Pair], label_set: LabelSet) -> None:
     """Refuse masks whose names say that they are in the other encoding of Cityscapes."""
     if label_set.name not in _ENCODINGS:
         return

@@ -89,10 +89,12 @@ def default_config() -> ConfigDict:
     optimizer.schedule = "poly"  # poly | multistep
     optimizer.warmup_steps = 0  # steps over which the learning rate rises linearly
     optimizer.power = 0.9  # of the poly schedule
+    optimizer.minimum_learning_rate = 0.0  # where poly ends; at least 0
     optimizer.milestones = ()  # of multistep: steps after which the rate is multiplied, ascending
     optimizer.decay_factor = 0.1  # of multistep: by this
     optimizer.momentum = 0.9  # of SGD, 0..1
     optimizer.weight_decay = 1e-4  # on all parameters; at least 0
+    optimizer.decay_norm_and_bias = True  # whether weight decay covers norms and biases
     optimizer.head_multiplier = 10.0  # learning rate of the heads over that of the backbone
 
     train = config.train = ConfigDict()
@@ -178,6 +180,7 @@ _CONSTRAINTS: dict[str, tuple[Callable, str]] = {
     "optimizer.decay_factor": _POSITIVE,
     "optimizer.warmup_steps": _AT_LEAST_0,
     "optimizer.power": _AT_LEAST_0,
+    "optimizer.minimum_learning_rate": _AT_LEAST_0,
     "optimizer.momentum": (lambda x: 0 <= x < 1, "within 0..1, 1 excluded"),
     "optimizer.weight_decay": _AT_LEAST_0,
     "optimizer.head_multiplier": _POSITIVE,
@@ -234,6 +237,7 @@ def scale_to_batch(config: ConfigDict) -> str | None:
     said = []
     for section, name, factor in (
         ("optimizer", "learning_rate", batch / recipe),
+        ("optimizer", "minimum_learning_rate", batch / recipe),
         ("optimizer", "warmup_steps", recipe / batch),
         ("optimizer", "milestones", recipe / batch),
         ("train", "num_steps", recipe / batch),

@@ -418,6 +418,7 @@ def _make_optimizer(config: ConfigDict) -> tuple[Schedule, optax.GradientTransfo
             options.learning_rate,
             power=options.power,
             num_steps=config.train.num_steps,
+            minimum=options.minimum_learning_rate,
             warmup_steps=options.warmup_steps,
         )
     else:
@@ -431,6 +432,7 @@ def _make_optimizer(config: ConfigDict) -> tuple[Schedule, optax.GradientTransfo
         "weight_decay": options.weight_decay,
         "head_multiplier": options.head_multiplier,
         "is_head": is_head,
+        "decay_vectors": options.decay_norm_and_bias,
     }
     if options.name == "adam":
         return schedule, adam(schedule, **shared)

@@ -91,24 +91,7 @@ def make_train_step(
         A pure function. Metrics are scalars: those of `_loss_metrics`, learning_rate (of the backbone),
         gradient_norm, skipped_steps.
     """
-    graphdef, _, _ = split_model(model)
-    options = model.options
-    normalization = FAMILIES[options.family].normalization
-
-    def loss_of(
-        params: dict, batch_stats: dict, part: Batch, key: jax.Array, of_batch: Labels | None
-    ) -> tuple[Scalar, tuple[Metrics, dict]]:
-        dtype = jax.tree.leaves(params)[0].dtype
-        model = nnx.merge(graphdef, params, batch_stats)
-        outputs = model(normalize(part.images, normalization, dtype=dtype), train=True, key=key)
-        losses = segmentation_loss(
-            outputs, part.labels, loss, align_corners=options.align_corners, of_batch=of_batch
-        )
-        statistics = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
-        metrics = _loss_metrics(losses, outputs, part.labels, share=1 / accumulate_steps)
-        return losses.total, (metrics, statistics)
-
-    gradient_of = jax.grad(loss_of, has_aux=True)
+    gradient_of = _make_gradient(model, loss, share=1 / accumulate_steps)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -133,6 +116,32 @@ def make_train_step(
         }
 
     return train_step
+
+
+def _make_gradient(model: PSPNet, loss: LossOptions, *, share: float) -> Callable:
+    """The gradient of the loss of one part, with its metrics and the batch statistics after it.
+
+    Args:
+        share: of one part in the batch.
+    """
+    graphdef, _, _ = split_model(model)
+    options = model.options
+    normalization = FAMILIES[options.family].normalization
+
+    def loss_of(
+        params: dict, batch_stats: dict, part: Batch, key: jax.Array, of_batch: Labels | None
+    ) -> tuple[Scalar, tuple[Metrics, dict]]:
+        dtype = jax.tree.leaves(params)[0].dtype
+        model = nnx.merge(graphdef, params, batch_stats)
+        outputs = model(normalize(part.images, normalization, dtype=dtype), train=True, key=key)
+        losses = segmentation_loss(
+            outputs, part.labels, loss, align_corners=options.align_corners, of_batch=of_batch
+        )
+        statistics = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+        metrics = _loss_metrics(losses, outputs, part.labels, share=share)
+        return losses.total, (metrics, statistics)
+
+    return jax.grad(loss_of, has_aux=True)
 
 
 def _accumulate(

@@ -9,8 +9,8 @@ The target, mIoU in % on the 2,000 validation images, was not reproduced here (n
     the paper (Caffe), table 3        43.81         44.94
 
 ImageNet weights of a ResNet-269 with this stem (3, 30, 48 and 8 blocks) are not distributed by the authors' PyTorch
-code: train them, or start a longer training without --config.init_from. Hardware: the GPUs of the paper are not named; blocks
-are computed again in the backward pass (model.remat), so that it fits where PSPNet-101 does.
+code: train them, or start a longer training without --config.init_from. Hardware: the GPUs of the paper are not
+named; blocks are computed again in the backward pass (model.remat), so that it fits where PSPNet-101 does.
 
 DIR is ADEChallengeData2016.zip of the scene parsing challenge (sceneparsing.csail.mit.edu), unpacked: 20,210
 training images, masks as they come (0 = void, 1..150), not the authors' converted ones. 150,000 steps at

@@ -33,7 +33,6 @@ from pspnet_jax.data.pipeline import training_batches
 from pspnet_jax.data.scenes import render
 
 CROP = (473, 473)
-NUM_IMAGES = 32
 
 
 def main() -> None:
@@ -42,13 +41,14 @@ def main() -> None:
     parser.add_argument("--output", default="runs/benchmark_data")
     parser.add_argument("--workers", default="0,1,2", help="numbers of worker processes")
     parser.add_argument("--repeats", type=int, default=5, help="rounds over all pictures")
+    parser.add_argument("--pictures", type=int, default=32)
     parser.add_argument("--batches", type=int, default=20, help="of each number of workers")
     arguments = parser.parse_args()
     cv2.setNumThreads(1)
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        paint(Path(folder))
+        paint(Path(folder), arguments.pictures)
         found = {
             "versions": {"opencv": cv2.__version__, "grain": grain.__version__},
             "cores": os.cpu_count(),
@@ -62,12 +62,12 @@ def main() -> None:
     print(table(found))
 
 
-def paint(folder: Path) -> None:
+def paint(folder: Path, count: int) -> None:
     """Pictures of 512 x 683 with texture and noise, as JPEG and PNG in the layout `camvid`."""
     images, masks = folder / "images/train", folder / "annotations/train"
     for path in (images, masks):
         path.mkdir(parents=True)
-    for index in range(NUM_IMAGES):
+    for index in range(count):
         image, labels = render(0, index)
         image = cv2.resize(image, (683, 512), interpolation=cv2.INTER_CUBIC)
         noise = np.random.default_rng(index).normal(0, 6, image.shape)
@@ -116,9 +116,9 @@ def compare(folder: Path, repeats: int) -> dict[str, dict[str, float]]:
     for repeat in range(repeats):
         for name, run in variants.items():
             start = time.perf_counter()
-            for i in range(NUM_IMAGES):
-                run(i, repeat * NUM_IMAGES + i)
-            times[name].append((time.perf_counter() - start) / NUM_IMAGES * 1e3)
+            for i in range(len(paths)):
+                run(i, repeat * len(paths) + i)
+            times[name].append((time.perf_counter() - start) / len(paths) * 1e3)
     return {
         name: {"low": min(t), "median": float(np.median(t)), "high": max(t)}
         for name, t in times.items()

@@ -74,7 +74,13 @@ def test_image_level_compares_four_networks(tmp_path, monkeypatch):
 
 def test_the_data_benchmark_writes_its_ratios(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(FOLDER))
-    arguments = [f"--output={tmp_path}", "--workers=0", "--repeats=1", "--batches=1"]
+    arguments = [
+        f"--output={tmp_path}",
+        "--workers=0",
+        "--repeats=1",
+        "--batches=1",
+        "--pictures=2",
+    ]
     run_script("benchmark_data", *arguments, monkeypatch=monkeypatch)
     found = json.loads((tmp_path / "results.json").read_text())
     assert set(found["images_per_second"]) == {"0"}

@@ -78,15 +78,18 @@ def test_no_worker_is_left_behind(tmp_path, end):
         text=True,
         env=environment,
     ) as program:
-        assert program.stdout.readline() == "ready\n"
-        workers = descendants(program.pid)
-        assert len(workers) >= 2
-        assert all(map(is_alive, workers))
-        if end == "failed":
-            program.communicate("\n", timeout=30)
-        else:
-            program.send_signal(signal.SIGINT if end == "interrupted" else signal.SIGKILL)
-        assert program.wait(timeout=30) != 0
+        try:
+            assert program.stdout.readline() == "ready\n"
+            workers = descendants(program.pid)
+            assert len(workers) >= 2
+            assert all(map(is_alive, workers))
+            if end == "failed":
+                program.communicate("\n", timeout=30)
+            else:
+                program.send_signal(signal.SIGINT if end == "interrupted" else signal.SIGKILL)
+            assert program.wait(timeout=30) != 0
+        finally:
+            program.kill()
     deadline = time.monotonic() + 10
     while any(map(is_alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -346,8 +346,9 @@ def test_varied_means_two_classes_and_none_too_large():
     labels[:3] = 1
     assert is_varied(labels, 0.75)
     assert not is_varied(labels, 0.7)
-    labels[3:6] = IGNORE_LABEL  # 30 of 70 labeled ones
+    labels[3:6] = IGNORE_LABEL  # 40 of 70 labeled ones are of one class
     assert is_varied(labels, 0.6)
+    assert not is_varied(labels, 0.5)
 
 
 def test_draws_of_color_changes():

@@ -26,7 +26,17 @@ LAYERS = [
     ["data/", "models/", "losses", "optimizer", "metrics", "parallel", "visualize"],
     ["train_step", "windows"],
     ["segmenter"],
-    ["report", "evaluate", "predict", "pretrained", "convert", "export"],
+    [
+        "report",
+        "evaluate",
+        "predict",
+        "advice",
+        "check_report",
+        "check",
+        "pretrained",
+        "convert",
+        "export",
+    ],
     ["train"],
     ["main"],
     ["__init__"],
@@ -34,7 +44,16 @@ LAYERS = [
 # Within a folder, in the order of the flow.
 FOLDERS = {
     "weights/": ["names", "fit", "pickles", "pytorch", "safetensors"],
-    "data/": ["folders", "scenes", "transforms", "pipeline"],
+    "data/": [
+        "layouts",
+        "headers",
+        "folders",
+        "scenes",
+        "transforms",
+        "workers",
+        "pipeline",
+        "survey",
+    ],
     "models/": ["layers", "resnet", "densenet", "squeezenet", "pyramid", "pspnet"],
 }
 FOUNDATIONS = {"arrays", "resample", "catalog"}  # where the modules of layer 2 meet
@@ -48,7 +67,8 @@ PURE = [
     "windows",
     "visualize",
 ]
-PURE += [f"models/{module}" for module in FOLDERS["models/"]] + ["data/transforms"]
+PURE += [f"models/{module}" for module in FOLDERS["models/"]]
+PURE += ["data/headers", "data/transforms"]
 IMPURE_IMPORTS = {"os", "time", "pathlib", "shutil", "random", "logging", "sys", "io", "tempfile"}
 
 

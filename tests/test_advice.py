@@ -83,6 +83,12 @@ def test_csv_of_values_that_no_label_set_lists(tmp_path):
     assert mine.void_raw_ids == (11, 255)
 
 
+def test_few_classes_of_a_large_label_set_are_ones_own():
+    suggestion = suggest_labels([0, 1, 12], CAMVID)  # all of them are listed by voc2012, too
+    assert suggestion.labels is None
+    assert "2,class_12" in suggestion.csv
+
+
 def test_csv_of_two_classes(tmp_path):
     (tmp_path / "mine.csv").write_text(csv_of([0, 255], CAMVID))
     mine = load_label_set(str(tmp_path / "mine.csv"))
@@ -103,6 +109,16 @@ def test_csv_of_several_raw_ids_of_one_class(tmp_path):
 def test_csv_has_as_many_colors_as_ids(tmp_path):
     (tmp_path / "mine.csv").write_text(csv_of(range(12, 120), CAMVID))
     assert len(set(load_label_set(str(tmp_path / "mine.csv")).colors)) == 108
+
+
+def test_new_color_differs_from_a_known_one(tmp_path):
+    color = csv_of([0, 40], CAMVID).splitlines()[2].split(",")[2:5]
+    (tmp_path / "taken.csv").write_text(
+        f"id,name,red,green,blue,raw_ids\n0,a,{','.join(color)},0\n1,b,1,1,1,1\n"
+    )
+    rows = csv_of([0, 40], load_label_set(str(tmp_path / "taken.csv"))).splitlines()
+    assert rows[1].split(",")[2:5] == color
+    assert rows[2].split(",")[2:5] != color
 
 
 def test_values_that_are_no_ids():

@@ -278,3 +278,6 @@ def test_header_of_what_is_damaged_or_foreign(tmp_path):
     assert headers.parse(b"GIF89a" + bytes(40)) is None
     assert headers.parse(b"\x89PNG\r\n\x1a\n" + bytes(3)) is None
     assert headers.parse(b"\xff\xd8" + bytes(100)) is None
+    no_marker = b"\x00\xc0\x00\x11\x08\x00\x10\x00\x10\x03"
+    assert headers.parse(b"\xff\xd8" + no_marker) is None
+    assert headers.parse(b"\xff\xd8\xff" + no_marker[1:]).width == 16

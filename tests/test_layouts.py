@@ -238,3 +238,15 @@ def test_coarse_annotations_of_cityscapes(tmp_path):
         assert (source[0].labels == CITYSCAPES.names.index("car")).all()
     with pytest.raises(DataError, match=r"gtCoarse/val/\n[\s\S]*leftImg8bit_trainextra\.zip"):
         open_split(tmp_path, "val", "cityscapes_coarse", CITYSCAPES)
+
+
+def test_images_without_a_folder_of_masks(tmp_path):
+    write_photograph(tmp_path / "images/train/a.jpg")
+    with pytest.raises(
+        DataError,
+        match=r"expected  .*/annotations/train/ or[\s\S]*found     images/, images/train/",
+    ):
+        open_split(tmp_path)
+    (tmp_path / "annotations/train").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"a\.jpg \(1 of 1\): no partner in .*/annotations/train/"):
+        open_split(tmp_path)

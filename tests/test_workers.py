@@ -31,6 +31,16 @@ def doubled_with_process_and_platform(number):
     return 2 * number, os.getpid(), jax.config.jax_platforms
 
 
+def blocked_signals(_):
+    return signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def sleeps_with_an_interrupt():
+    """Seconds to sleep, a minute for two; Ctrl-C comes when all are handed out."""
+    yield from [0.3] * 400
+    os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_results_come_in_order_from_processes_off_the_accelerator(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
     results = list(in_order(doubled_with_process_and_platform, range(40), num_workers=2))
@@ -47,6 +57,19 @@ def test_without_workers_nothing_is_started():
 def test_process_that_is_ended_from_outside():
     with pytest.raises(ChildProcessError, match=r"one of 2 processes .* ended from outside"):
         list(in_order(os._exit, [1] * 8, num_workers=2))
+
+
+def test_interrupt_is_for_the_parent_alone():
+    (blocked,) = in_order(blocked_signals, [0], num_workers=1)
+    assert signal.SIGINT in blocked
+    assert signal.SIGINT not in blocked_signals(0)
+
+
+def test_interrupt_while_processes_start():
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        list(in_order(time.sleep, sleeps_with_an_interrupt(), num_workers=2))
+    assert time.monotonic() - start < 30
 
 
 def start_sleepers():

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -30,7 +30,7 @@ def num_cores() -> int:
 
 
 def in_order(
-    function: Callable[[Item], Result], items: Sequence[Item], *, num_workers: int
+    function: Callable[[Item], Result], items: Iterable[Item], *, num_workers: int
 ) -> Iterator[Result]:
     """The function of every item, in order, computed in processes; 0: in this one.
 
@@ -63,7 +63,7 @@ def start_worker() -> None:
 
 @contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """Processes started in here never see Ctrl-C; this one sees it afterwards."""
+    """Processes that this thread starts in here never see Ctrl-C."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

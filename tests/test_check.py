@@ -73,6 +73,16 @@ def test_nothing_wrong(tmp_path, capsys):
     assert "height x width  40x50 (4)" in text
 
 
+def test_progress_without_a_terminal_is_lines(tmp_path, capsys, monkeypatch):
+    good_data(tmp_path)
+    monkeypatch.setattr(check, "_SECONDS_BETWEEN_LINES", 0.0)
+    check.run(config_of(tmp_path))
+    assert capsys.readouterr().err.splitlines() == [
+        *(f"train: {i}/4 images" for i in range(1, 5)),
+        *(f"val: {i}/3 images" for i in range(1, 4)),
+    ]
+
+
 def test_counts_are_those_of_the_masks(tmp_path):
     masks = [np.uint8([[0, 0, 1, 11]]), np.uint8([[1, 1, 255, 0]]), np.uint8([[3, 3, 3, 3]])]
     write_masks(tmp_path, "train", masks)

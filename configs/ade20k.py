@@ -15,7 +15,12 @@ resnet50_v2.pth holds the ImageNet weights with the deep stem that the authors d
 
 DIR is ADEChallengeData2016.zip of the scene parsing challenge (sceneparsing.csail.mit.edu), unpacked: 20,210
 training images, masks as they come (0 = void, 1..150), not the authors' converted ones. 100 epochs at batch 16
-are 126,300 steps, as in the authors' code; the paper took 150,000.
+are 126,300 steps, as in the authors' code.
+
+Where the paper (Caffe) differs: other ImageNet weights; BGR without division by the standard deviation; 150,000 steps;
+the learning rate is multiplied into the momentum; norms and biases do not decay (optimizer.decay_norm_and_bias), the
+bias of the classifier learns twice as fast; labels of an eighth of the size (loss.resolution=eighth); ResNet-50 strides
+in its 1x1 convolutions; dropout of single values; padding at the bottom and right in evaluation.
 """
 
 from pspnet_jax.config import default_config

@@ -41,7 +41,7 @@ import pspnet_jax
 from pspnet_jax import convert, export
 from pspnet_jax.arrays import Example, Outputs
 from pspnet_jax.config import default_config
-from pspnet_jax.data import transforms
+from pspnet_jax.data import transforms, views
 from pspnet_jax.metric_writer import log_to
 from pspnet_jax.models.layers import NoRandomNumbers
 from pspnet_jax.models.pspnet import IMAGENET_8BIT, ModelOptions, PSPNet
@@ -196,7 +196,8 @@ def compare_labels() -> Iterator[dict]:
         window = labels[:height, :width].copy()
         theirs = np.asarray(Image.fromarray(window).resize((256, 256), Image.NEAREST))
         image = np.zeros((height, width, 3), np.uint8)
-        found = transforms.stretch(image, window, (256, 256))[1]
+        plan = views.Plan(views.scaling(256 / width, 256 / height), (256, 256), (0, 0))
+        found = views.render(image, window, plan, (256, 256), fill=(0, 0, 0))[1]
         row = {"how": "stretched labels", "size": (height, width)}
         row["share"] = float((found != theirs).mean())
         print(row, flush=True)
@@ -206,9 +207,9 @@ def compare_labels() -> Iterator[dict]:
     shares = []
     for degrees in range(-10, 10):
         theirs = np.asarray(Image.fromarray(square + 1).rotate(degrees)) - 1  # its 0 becomes 255
-        rotated = transforms.rotate(
-            image, square, float(degrees), center=(127.5, 127.5), fill=(0, 0, 0)
-        )
+        turn = views.rotation(degrees, (127.5, 127.5))
+        plan = views.Plan(turn, (256, 256), (0, 0), is_rotated=True)
+        rotated = views.render(image, square, plan, (256, 256), fill=(0, 0, 0))
         shares.append(float((rotated[1] != theirs).mean()))
     row = {"how": "labels rotated by -10 .. 9 degrees", "size": (256, 256), "share": max(shares)}
     print(row, flush=True)

@@ -9,6 +9,9 @@ compared on noise of a square, a wide and a tall size; what `export` makes of it
 and must be equal to the bit. Then their `scale_process` runs beside our protocol
 `semseg` on the photographs, every second one turned on its side.
 
+Their training transforms run beside our recipe `semseg` on a picture whose colors are coordinates: scale, angle,
+mirroring, place and void of 4,000 crops of each.
+
 So that their code runs: tensors stay on the CPU, and OpenCV 5 is given at most four channels to resize.
 """
 
@@ -16,6 +19,7 @@ import argparse
 import collections
 import importlib.util
 import json
+import random
 import shutil
 import sys
 from collections.abc import Iterator
@@ -30,6 +34,8 @@ from torch import nn
 
 import pspnet_jax
 from pspnet_jax import convert, export
+from pspnet_jax.arrays import Example
+from pspnet_jax.data import transforms
 from pspnet_jax.data.folders import read_image
 from pspnet_jax.metric_writer import log_to
 
@@ -59,11 +65,63 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     sys.path.insert(0, arguments.semseg)
     _make_it_run()
-    rows = list(compare_logits(output))
+    rows = [compare_crops()]
+    rows += list(compare_logits(output))
     if arguments.images:
         script = _load_script(Path(arguments.semseg) / "tool" / "test.py")
         rows += compare_protocol(script, arguments.images, output)
     (output / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def compare_crops() -> dict:
+    """Distances of Kolmogorov and Smirnov between their crops and ours; under 0.030 nineteen times in twenty."""
+    from util import transform  # pyrefly: ignore
+
+    rows, columns = np.mgrid[:200, :250].astype(np.uint8)
+    image, labels = np.stack([rows, columns, rows], axis=2), np.zeros((200, 250), np.uint8)
+    theirs = transform.Compose(
+        [
+            transform.RandScale([0.5, 2.0]),
+            transform.RandRotate([-10, 10], padding=[0, 0, 0], ignore_label=255),
+            transform.RandomGaussianBlur(),
+            transform.RandomHorizontalFlip(),
+            transform.Crop([129, 129], crop_type="rand", padding=[0, 0, 0], ignore_label=255),
+        ]
+    )
+    ours = transforms.make_augment(
+        transforms.resolve({"recipe": "semseg"}), (129, 129), fill=(0, 0, 0)
+    )
+    random.seed(0)
+    found = [describe(*theirs(image.astype(np.float32), labels)) for _ in range(4000)]
+    example = Example(image, labels, np.int32(0))
+    views = [ours(example, np.random.default_rng(seed)) for seed in range(4000)]
+    mine = [describe(view.image.astype(np.float32), view.labels) for view in views]
+    distances = {}
+    for i, name in enumerate(("scale", "angle", "mirrored", "row", "column", "void")):
+        a, b = (np.sort([each[i] for each in side]) for side in (found, mine))
+        grid = np.concatenate([a, b])
+        shares = (np.searchsorted(x, grid, side="right") / len(x) for x in (a, b))
+        distances[name] = round(float(np.abs(np.subtract(*shares)).max()), 3)
+    row = {"crops": 4000, "distances": distances}
+    print(row, flush=True)
+    return row
+
+
+def describe(image: np.ndarray, labels: np.ndarray) -> tuple[float, ...]:
+    """Scale, angle, mirroring, row and column of the middle, share of void of a crop of coordinates.
+
+    Rounded, because ours are whole numbers: to 0.02, 1 degree, 2 pixels.
+    """
+    middle = image[48:81, 48:81]
+    down, across = (
+        (middle[-1, 16, :2] - middle[0, 16, :2]),
+        (middle[16, -1, :2] - middle[16, 0, :2]),
+    )
+    scale = 32 / np.hypot(*down)
+    angle = np.degrees(np.arctan2(down[1] * np.sign(across[1]), down[0]))
+    row, column = middle[16, 16, :2]
+    rounded = (scale / 0.02, angle, across[1] < 0, row / 2, column / 2)
+    return (*(float(np.rint(x)) for x in rounded), float((labels == 255).mean().round(2)))
 
 
 def compare_logits(output: Path) -> Iterator[dict]:
@@ -219,9 +277,9 @@ def _make_it_run() -> None:
     torch.Tensor.cuda = lambda self, *_, **__: self
     resize = cv2.resize
 
-    def resize_each(image, size, interpolation):
+    def resize_each(image, size, interpolation, **factors):
         if image.ndim == 2 or image.shape[2] <= 4:
-            return resize(image, size, interpolation=interpolation)
+            return resize(image, size, interpolation=interpolation, **factors)
         channels = np.moveaxis(image, 2, 0)
         resized = [resize(c.copy(), size, interpolation=interpolation) for c in channels]
         return np.stack(resized, axis=-1)

@@ -41,6 +41,7 @@ import numpy as np
 from flax import nnx
 
 from pspnet_jax.arrays import Batch
+from pspnet_jax.losses import LossOptions
 from pspnet_jax.models.layers import convolve
 from pspnet_jax.models.pspnet import ModelOptions, PSPNet, is_head
 from pspnet_jax.optimizer import poly_schedule, sgd
@@ -474,7 +475,7 @@ def _step_of_jax(sizes: Sizes, batch_size: int) -> dict[str, object]:
     optimizer = sgd(
         schedule, momentum=0.9, weight_decay=1e-4, head_multiplier=10.0, is_head=is_head
     )
-    step = make_train_step(model, optimizer, schedule, aux_weight=0.4, seed=0)
+    step = make_train_step(model, optimizer, schedule, loss=LossOptions(aux_weight=0.4), seed=0)
     state = create_train_state(model, optimizer)
     images, labels = random_batch(sizes, batch_size)
     index, valid = np.arange(batch_size, dtype=np.int32), np.ones(batch_size, bool)

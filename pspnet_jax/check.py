@@ -6,11 +6,13 @@
 * `first_look` is the part of it that a training can afford: a few images, before its first step.
 """
 
+import functools
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -21,15 +23,17 @@ from pspnet_jax.advice import suggest_labels, suspicions
 from pspnet_jax.catalog import LabelSet, load_label_set
 from pspnet_jax.check_report import Check, to_json
 from pspnet_jax.data.folders import FolderSource
-from pspnet_jax.data.layouts import DataError, list_split
+from pspnet_jax.data.layouts import DataError, Pair, list_split
 from pspnet_jax.data.pipeline import Source, open_source
 from pspnet_jax.data.survey import (
     OUT_OF_RANGE,
     Finding,
+    Records,
     Survey,
     examine,
     examine_all,
     examine_painted,
+    examine_record,
     survey,
 )
 from pspnet_jax.metric_writer import log, write_whole
@@ -70,14 +74,18 @@ def first_look(source: Source, label_set: LabelSet, *, split: str) -> None:
     Raises:
         DataError: listing what would have stopped the training later.
     """
-    if not isinstance(source, FolderSource):
+    if isinstance(source, FolderSource):
+        look = functools.partial(_examine_at, pairs=source.pairs, label_set=label_set)
+    elif isinstance(source, Records):
+        look = functools.partial(examine_record, records=source, label_set=label_set)
+    else:
         return
     drawn = np.random.default_rng(0).permutation(len(source))[:_RANDOM]
     chosen = sorted({*range(min(_FIRST, len(source))), *drawn.tolist()})
     end = time.monotonic() + _SECONDS_OF_FIRST_LOOK
     found = Survey(split)
     for index in chosen:
-        found.add(examine(source.pairs[index], label_set))
+        found.add(look(index))
         if time.monotonic() > end:
             break
     faults = [sentence for sentences in found.faults.values() for sentence in sentences]
@@ -91,24 +99,30 @@ def first_look(source: Source, label_set: LabelSet, *, split: str) -> None:
         log.warning("%s", sentence)
 
 
+def _examine_at(index: int, pairs: Sequence[Pair], label_set: LabelSet) -> Finding:
+    return examine(pairs[index], label_set)
+
+
 def _survey_split(check: Check, role: str, split: str) -> None:
     """Add what one split holds, or the problem that it cannot be listed."""
     data, label_set = check.config.data, check.label_set
+    options = {"split": split, "label_set": label_set, "layout": data.layout}
     if data.source == "scenes":
-        source = open_source(
-            "scenes", split=split, label_set=label_set, layout=data.layout, root=data.root
-        )
+        source = open_source("scenes", root=data.root, **options)
         examples = (source[i] for i in range(min(NUM_PAINTED, len(source))))
         check.surveys[role] = survey(split, map(examine_painted, examples))
         return
     try:
-        listing = list_split(data.root, layout=data.layout, split=split, label_set=label_set)
+        if data.source == "prepared":
+            examined: Any = open_source("prepared", root=data.root, **options)
+        else:
+            examined, faults = list_split(data.root, **options)
+            if faults:
+                check.problems[f"files of the {role} split '{split}'"] = faults
     except DataError as error:
         check.problems[f"the {role} split '{split}' cannot be read"] = [str(error)]
         return
-    if listing.faults:
-        check.problems[f"files of the {role} split '{split}'"] = listing.faults
-    findings = _watched(examine_all(listing.pairs, label_set), len(listing.pairs), split)
+    findings = _watched(examine_all(examined, label_set), len(examined), split)
     check.surveys[role] = survey(split, findings)
 
 

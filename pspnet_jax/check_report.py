@@ -49,7 +49,7 @@ class Check:
 def text(check: Check) -> str:
     """The report for people: what the masks hold, weights of the classes, remarks, problems."""
     data = check.config.data
-    where = f"{data.layout} in {data.root}" if data.source == "folder" else data.source
+    where = f"{data.layout} in {data.root}" if data.root is not None else data.source
     lines = [f"{where}, labels '{check.label_set.name}', {check.label_set.num_classes} classes"]
     for role, found in check.surveys.items():
         lines += ["", *_overview(role, found)]

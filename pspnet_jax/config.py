@@ -23,10 +23,10 @@ def default_config() -> ConfigDict:
     config.seed = 0  # of initialization, order of images, augmentation, dropout; at least 0
 
     data = config.data = ConfigDict()
-    data.source = "folder"  # folder | scenes
+    data.source = "folder"  # folder | prepared | scenes
     # of a folder: ade20k | camvid | cityscapes | cityscapes_coarse | list | pairs | voc2012
     data.layout = "ade20k"
-    data.root = placeholder(str)  # the folder that holds images and masks
+    data.root = placeholder(str)  # folder of images and masks, or what prepare wrote
     # ade20k | ade20k_train_ids | camvid | cityscapes | cityscapes_train_ids | scenes | voc2012, or a CSV
     # file id,name,red,green,blue,raw_ids
     data.labels = "ade20k"
@@ -36,11 +36,14 @@ def default_config() -> ConfigDict:
     data.num_workers = 0  # loader processes; 0 = threads of this one
 
     augment = config.augment = ConfigDict()
-    augment.recipe = "semseg"  # semseg | lextal | none
+    augment.recipe = "semseg"  # semseg | mmseg | lextal | none; each has some of these:
     augment.scale_min = placeholder(float)  # factor, above 0
     augment.scale_max = placeholder(float)  # factor, at least scale_min
-    augment.area_min = placeholder(float)  # of the window, share of the image, 0..1; lextal only
-    augment.aspect_max = placeholder(float)  # of the window's sides, at least 1; lextal only
+    augment.base_size = placeholder(tuple)  # (long, short) side at scale 1, pixels; mmseg
+    augment.class_share_max = placeholder(float)  # of a crop's labeled pixels, 0..1; mmseg
+    augment.color_probability = placeholder(float)  # of each change of color, 0..1; mmseg
+    augment.area_min = placeholder(float)  # of the window, share of the image, 0..1; lextal
+    augment.aspect_max = placeholder(float)  # of the window's sides, at least 1; lextal
     augment.rotation_degrees = placeholder(float)  # drawn from +- this; 0..180
     augment.rotation_probability = placeholder(float)  # 0..1
     augment.blur_probability = placeholder(float)  # 0..1
@@ -73,6 +76,13 @@ def default_config() -> ConfigDict:
     loss.aux_weight = placeholder(float)  # of the pixelwise auxiliary head; at least 0
     loss.presence_weight = placeholder(float)  # of the presence of classes in images; at least 0
     loss.class_weights = placeholder(tuple)  # one factor for each class; at least 0
+    loss.label_smoothing = 0.0  # share of the target that is spread over all classes, 0..1
+    loss.ohem_threshold = placeholder(float)  # only pixels of at most this probability count, 0..1
+    loss.ohem_share_min = (
+        0.0625  # of the valid pixels that count in any case, 0..1; with ohem_threshold
+    )
+    loss.normalizer = "valid"  # divide by pixels: valid (that count) | all
+    loss.resolution = "full"  # full: logits at label size | eighth: labels at that of the logits
 
     optimizer = config.optimizer = ConfigDict()
     optimizer.name = "sgd"  # sgd | adam
@@ -80,14 +90,20 @@ def default_config() -> ConfigDict:
     optimizer.schedule = "poly"  # poly | multistep
     optimizer.warmup_steps = 0  # steps over which the learning rate rises linearly
     optimizer.power = 0.9  # of the poly schedule
+    optimizer.minimum_learning_rate = 0.0  # where poly ends; at least 0
     optimizer.milestones = ()  # of multistep: steps after which the rate is multiplied, ascending
     optimizer.decay_factor = 0.1  # of multistep: by this
     optimizer.momentum = 0.9  # of SGD, 0..1
     optimizer.weight_decay = 1e-4  # on all parameters; at least 0
+    optimizer.decay_norm_and_bias = True  # whether weight decay covers norms and biases
     optimizer.head_multiplier = 10.0  # learning rate of the heads over that of the backbone
 
     train = config.train = ConfigDict()
     train.global_batch_size = 16  # images per step over all devices
+    train.recipe_batch_size = placeholder(
+        int
+    )  # that learning rate and steps are for: both are scaled
+    train.accumulate_steps = 1  # parts of the batch that go through one after the other
     train.num_steps = 126_300  # optimizer steps
     train.log_every_steps = 50
     train.evaluate_every_steps = 10_000  # and after the last step
@@ -121,15 +137,18 @@ def _one_of(*values: str) -> tuple[Callable[[str], bool], str]:
 
 _CONSTRAINTS: dict[str, tuple[Callable, str]] = {
     "seed": _AT_LEAST_0,
-    "data.source": _one_of("folder", "scenes"),
+    "data.source": _one_of("folder", "prepared", "scenes"),
     "data.layout": _one_of(
         "ade20k", "camvid", "cityscapes", "cityscapes_coarse", "list", "pairs", "voc2012"
     ),
     "data.crop_size": _PAIR,
     "data.num_workers": _AT_LEAST_0,
-    "augment.recipe": _one_of("semseg", "lextal", "none"),
+    "augment.recipe": _one_of("semseg", "mmseg", "lextal", "none"),
     "augment.scale_min": _POSITIVE,
     "augment.scale_max": _POSITIVE,
+    "augment.base_size": _PAIR,
+    "augment.class_share_max": _FRACTION,
+    "augment.color_probability": _FRACTION,
     "augment.area_min": (lambda x: 0 < x <= 1, "within 0..1, 0 excluded"),
     "augment.aspect_max": (lambda x: x >= 1, "at least 1"),
     "augment.rotation_degrees": (lambda x: 0 <= x <= 180, "within 0..180"),
@@ -149,6 +168,11 @@ _CONSTRAINTS: dict[str, tuple[Callable, str]] = {
         lambda x: all(v >= 0 for v in x) and any(v > 0 for v in x),
         "factors of at least 0, not all 0",
     ),
+    "loss.label_smoothing": (lambda x: 0 <= x < 1, "within 0..1, 1 excluded"),
+    "loss.ohem_threshold": (lambda x: 0 < x < 1, "within 0..1, both excluded"),
+    "loss.ohem_share_min": _FRACTION,
+    "loss.normalizer": _one_of("valid", "all"),
+    "loss.resolution": _one_of("full", "eighth"),
     "optimizer.name": _one_of("sgd", "adam"),
     "optimizer.learning_rate": _POSITIVE,
     "optimizer.schedule": _one_of("poly", "multistep"),
@@ -159,10 +183,13 @@ _CONSTRAINTS: dict[str, tuple[Callable, str]] = {
     "optimizer.decay_factor": _POSITIVE,
     "optimizer.warmup_steps": _AT_LEAST_0,
     "optimizer.power": _AT_LEAST_0,
+    "optimizer.minimum_learning_rate": _AT_LEAST_0,
     "optimizer.momentum": (lambda x: 0 <= x < 1, "within 0..1, 1 excluded"),
     "optimizer.weight_decay": _AT_LEAST_0,
     "optimizer.head_multiplier": _POSITIVE,
     "train.global_batch_size": _COUNT,
+    "train.recipe_batch_size": _COUNT,
+    "train.accumulate_steps": _COUNT,
     "train.num_steps": _COUNT,
     "train.log_every_steps": _COUNT,
     "train.evaluate_every_steps": _COUNT,
@@ -197,6 +224,42 @@ def validate(config: ConfigDict) -> None:
         faults.append(f"name={config.name!r} must be the name of a folder")
     if faults:
         raise ValueError("the config has faults:\n  " + "\n  ".join(faults))
+
+
+def scale_to_batch(config: ConfigDict) -> str | None:
+    """Bring learning rate and steps from `train.recipe_batch_size` to the batch at hand, in place.
+
+    The linear rule (Goyal et al. 2017): the rate in proportion to the batch, as many images in all.
+
+    Returns:
+        What was changed, in words; None where nothing was.
+    """
+    recipe, batch = config.train.recipe_batch_size, config.train.global_batch_size
+    if recipe is None or recipe == batch:
+        return None
+    said = []
+    for section, name, factor in (
+        ("optimizer", "learning_rate", batch / recipe),
+        ("optimizer", "minimum_learning_rate", batch / recipe),
+        ("optimizer", "warmup_steps", recipe / batch),
+        ("optimizer", "milestones", recipe / batch),
+        ("train", "num_steps", recipe / batch),
+        ("train", "evaluate_every_steps", recipe / batch),
+        ("train", "checkpoint_every_steps", recipe / batch),
+    ):
+        old = config[section][name]
+        if isinstance(old, float):
+            new = old * factor
+        elif isinstance(old, tuple):
+            new = tuple(max(round(step * factor), 1) for step in old)
+        else:
+            new = max(round(old * factor), 1) if old else 0
+        if new != old:
+            config[section][name] = new
+            said.append(f"{section}.{name}: {old} -> {new}")
+    config.train.recipe_batch_size = batch
+    listed = "\n  ".join(said)
+    return f"from a batch of {recipe} to one of {batch} images:\n  {listed}"
 
 
 def option_names() -> list[str]:

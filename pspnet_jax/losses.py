@@ -1,7 +1,7 @@
 """Losses of scene parsing: pixelwise cross-entropy of two heads, and which classes are in the image.
 
-* Logits are stretched to label size first (the authors' choice; the paper's Caffe code trained against
-  labels of 1/8 size).
+* Logits are stretched to label size first (the authors' choice), or labels are thinned out to the size of
+  the logits (the paper's Caffe code).
 * The mean is taken over the valid pixels of the whole batch given, which under `jax.jit` with a sharded
   batch is the *global* batch: no average of averages over devices.
 * A batch without a valid pixel has loss 0 and gradient 0, never 0/0.
@@ -9,15 +9,58 @@
   presence loss (divided by their number, as PyTorch's BCEWithLogitsLoss).
 """
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
 
-from pspnet_jax.arrays import IGNORE_LABEL, Labels, Logits, Outputs, PresenceLogits, Scalar
+from pspnet_jax.arrays import (
+    IGNORE_LABEL,
+    AnyArray,
+    Labels,
+    Logits,
+    Outputs,
+    PresenceLogits,
+    Scalar,
+)
 from pspnet_jax.resample import resize
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """What is added up, and how each pixel counts.
+
+    Args:
+        aux_weight: of the pixelwise auxiliary head (0.4 in the paper, section 3.3); 0 leaves it out.
+        presence_weight: of the presence of classes (1 in the variant with image-level supervision); 0 leaves
+            it out.
+        class_weights: one factor for each class, of every part; None: 1.
+        label_smoothing: this share of the target is spread evenly over all classes (Szegedy et al. 2016),
+            weighted as in PyTorch's CrossEntropyLoss.
+        ohem_threshold: only pixels whose own class has at most this probability count (online hard example
+            mining; Shrivastava et al. 2016); None: all.
+        ohem_share_min: at least this share of the valid pixels of the batch counts, the hardest ones.
+        normalizer: 'valid' divides by the (weighted) pixels that count, 'all' by all pixels of the batch.
+        resolution: 'full' stretches logits to label size; 'eighth' thins labels out to that of the logits.
+    """
+
+    aux_weight: float = 0.4
+    presence_weight: float = 0.0
+    class_weights: tuple[float, ...] | None = None
+    label_smoothing: float = 0.0
+    ohem_threshold: float | None = None
+    ohem_share_min: float = 1 / 16
+    normalizer: str = "valid"
+    resolution: str = "full"
+
+
+PLAIN = LossOptions()
+AnyLabels = UInt8[AnyArray, "_batch _height _width"]
+"""Of another batch, or thinned out."""
+PixelWeights = Float[jax.Array, "_batch _height _width"]
 
 
 class Losses(NamedTuple):
@@ -29,33 +72,55 @@ class Losses(NamedTuple):
     presence: Scalar
 
 
-ClassWeights = Sequence[float] | None
-"""One factor for each class; None: 1."""
-
-
-def cross_entropy(logits: Logits, labels: Labels, *, class_weights: ClassWeights = None) -> Scalar:
-    """Mean of -log softmax(logits)[label] over the pixels that are not ignored.
+def cross_entropy(
+    logits: Logits,
+    labels: Labels,
+    options: LossOptions = PLAIN,
+    *,
+    of_batch: AnyLabels | None = None,
+) -> Scalar:
+    """Mean of -log softmax(logits)[label] over the pixels that count.
 
     Args:
         logits: [batch, height, width, classes], of label size.
         labels: [batch, height, width], train ids or `IGNORE_LABEL`.
-        class_weights: weigh the pixels of each class.
+        options: how pixels count; the weights of the parts are not used.
+        of_batch: the labels of the whole batch, where `labels` are a part of it: the sum is then divided by
+            the pixels of that, so that the losses of all parts add up.
 
     Returns:
         A scalar in nats; 0 where every pixel is ignored.
     """
     # A comparison instead of a gather: its gradient is elementwise, where a gather's is a scatter.
     is_label = _is_label(labels, logits.shape[-1])
-    chosen = jnp.sum(jnp.where(is_label, logits, 0), axis=-1)
-    negative_log = jax.nn.logsumexp(logits, axis=-1) - chosen
-    is_valid = labels != IGNORE_LABEL
-    if class_weights is None:
-        count = jnp.maximum(jnp.sum(is_valid), 1)
-        return jnp.sum(jnp.where(is_valid, negative_log, 0)) / count
-    factors = jnp.asarray(class_weights, logits.dtype).reshape(1, 1, 1, -1)
-    weights = jnp.sum(jnp.where(is_label, factors, 0), axis=-1)
-    total = jnp.sum(weights)
-    return jnp.sum(weights * negative_log) / jnp.where(total > 0, total, 1)
+    weights = _pixel_weights(labels, options, logits)
+    log_total = jax.nn.logsumexp(logits, axis=-1)
+    negative_log = log_total - jnp.sum(jnp.where(is_label, logits, 0), axis=-1)
+    terms = weights * negative_log
+    if options.label_smoothing:
+        factors = _class_factors(logits, options)
+        spread = log_total * jnp.mean(factors) - jnp.mean(logits * factors, axis=-1)
+        spread = jnp.where(labels == IGNORE_LABEL, 0, spread)
+        terms = (1 - options.label_smoothing) * terms + options.label_smoothing * spread
+    if options.ohem_threshold is not None:
+        is_hard = _is_hard(negative_log, labels, options)
+        terms, weights = terms * is_hard, weights * is_hard
+    if options.normalizer == "all":
+        count = jnp.asarray((labels if of_batch is None else of_batch).size, logits.dtype)
+    elif of_batch is None:
+        count = jnp.sum(weights)
+    else:
+        count = jnp.sum(_pixel_weights(of_batch, options, logits))
+    return jnp.sum(terms) / jnp.where(count > 0, count, 1)
+
+
+def thin_out(labels: AnyLabels, size: tuple[int, int], *, align_corners: bool) -> AnyLabels:
+    """The labels under the samples of a map of (height, width) `size`; every eighth pixel for 8n + 1."""
+    rows, columns = (
+        _nearest(old, new, align_corners=align_corners)
+        for old, new in zip(labels.shape[1:], size, strict=True)
+    )
+    return jnp.asarray(labels)[:, rows][:, :, columns]
 
 
 def presence_of(labels: Labels, num_classes: int) -> Bool[jax.Array, "batch classes"]:
@@ -63,24 +128,20 @@ def presence_of(labels: Labels, num_classes: int) -> Bool[jax.Array, "batch clas
     return jnp.any(_is_label(labels, num_classes), axis=(1, 2))
 
 
-def presence_loss(
-    logits: PresenceLogits, labels: Labels, *, class_weights: ClassWeights = None
-) -> Scalar:
+def presence_loss(logits: PresenceLogits, labels: Labels, options: LossOptions = PLAIN) -> Scalar:
     """Mean binary cross-entropy of the presence of every class in every image.
 
     Args:
         logits: [batch, classes].
         labels: [batch, height, width], train ids or `IGNORE_LABEL`.
-        class_weights: weigh the terms of each class.
+        options: of which the class weights are used; they weigh the terms of each class.
 
     Returns:
         A scalar in nats.
     """
     is_present = presence_of(labels, logits.shape[-1])
     terms = jax.nn.softplus(logits) - jnp.where(is_present, logits, 0)
-    if class_weights is not None:
-        terms = terms * jnp.asarray(class_weights, logits.dtype).reshape(1, -1)
-    return jnp.mean(terms)
+    return jnp.mean(terms * _class_factors(logits, options))
 
 
 def presence_accuracy(logits: PresenceLogits, labels: Labels) -> Scalar:
@@ -91,43 +152,86 @@ def presence_accuracy(logits: PresenceLogits, labels: Labels) -> Scalar:
 def segmentation_loss(
     outputs: Outputs,
     labels: Labels,
+    options: LossOptions = PLAIN,
     *,
-    aux_weight: float,
-    presence_weight: float = 0.0,
-    class_weights: ClassWeights = None,
     align_corners: bool,
+    of_batch: AnyLabels | None = None,
 ) -> Losses:
-    """main + aux_weight * aux (Zhao et al. 2017, section 3.3; the paper's weight is 0.4)
-    + presence_weight * presence (the variant with image-level supervision: 1).
+    """main + aux_weight * aux + presence_weight * presence.
 
     Args:
         outputs: of the network in training, at head resolution.
         labels: [batch, height, width], train ids or `IGNORE_LABEL`.
-        aux_weight: 0 leaves the auxiliary head out of the total.
-        presence_weight: 0 leaves the presence head out of the total.
-        class_weights: of every part.
+        options: weights of the parts, and how pixels count.
         align_corners: rule by which logits are stretched to label size.
+        of_batch: see `cross_entropy`.
 
     Returns:
         `Losses`, scalars in nats per pixel or per (image, class); 0 for a part that is left out.
     """
-    size = (labels.shape[1], labels.shape[2])
+    whole = labels if of_batch is None else of_batch
 
-    def at_label_size(logits: Logits) -> Scalar:
-        stretched = resize(logits, size, align_corners=align_corners)
-        return cross_entropy(stretched, labels, class_weights=class_weights)
+    def of_pixels(logits: Logits) -> Scalar:
+        if options.resolution == "full":
+            size = (labels.shape[1], labels.shape[2])
+            stretched = resize(logits, size, align_corners=align_corners)
+            return cross_entropy(stretched, labels, options, of_batch=of_batch)
+        size = (logits.shape[1], logits.shape[2])
+        thin, thin_whole = (thin_out(x, size, align_corners=align_corners) for x in (labels, whole))
+        return cross_entropy(
+            logits, thin, options, of_batch=None if of_batch is None else thin_whole
+        )
 
-    main = at_label_size(outputs.logits)
+    main = of_pixels(outputs.logits)
     total, aux, presence = main, jnp.zeros_like(main), jnp.zeros_like(main)
-    if aux_weight and outputs.aux_logits is not None:
-        aux = at_label_size(outputs.aux_logits)
-        total = total + aux_weight * aux
-    if presence_weight and outputs.presence_logits is not None:
-        presence = presence_loss(outputs.presence_logits, labels, class_weights=class_weights)
-        total = total + presence_weight * presence
+    if options.aux_weight and outputs.aux_logits is not None:
+        aux = of_pixels(outputs.aux_logits)
+        total = total + options.aux_weight * aux
+    if options.presence_weight and outputs.presence_logits is not None:
+        share_of_batch = labels.shape[0] / whole.shape[0]
+        presence = share_of_batch * presence_loss(outputs.presence_logits, labels, options)
+        total = total + options.presence_weight * presence
     return Losses(total, main, aux, presence)
 
 
-def _is_label(labels: Labels, num_classes: int) -> Bool[jax.Array, "batch height width classes"]:
+def _is_hard(
+    negative_log: PixelWeights, labels: Labels, options: LossOptions
+) -> Bool[jax.Array, "batch height width"]:
+    """Valid pixels with a probability of at most the threshold, and the hardest ones in any case."""
+    assert options.ohem_threshold is not None
+    is_valid = labels != IGNORE_LABEL
+    probability = jnp.where(is_valid, jnp.exp(-jax.lax.stop_gradient(negative_log)), jnp.inf)
+    num_kept = jnp.ceil(options.ohem_share_min * jnp.sum(is_valid)).astype(jnp.int32)
+    last_kept = jnp.sort(probability.reshape(-1))[jnp.maximum(num_kept - 1, 0)]
+    return is_valid & (probability <= jnp.maximum(last_kept, options.ohem_threshold))
+
+
+def _pixel_weights(labels: AnyLabels, options: LossOptions, like: Logits) -> PixelWeights:
+    """The weight of each pixel's class; 0 where it is ignored. `like` gives classes and dtype."""
+    if options.class_weights is None:
+        return (labels != IGNORE_LABEL).astype(like.dtype)
+    is_label = _is_label(labels, like.shape[-1])
+    return jnp.sum(jnp.where(is_label, _class_factors(like, options), 0), axis=-1)
+
+
+def _class_factors(like: jax.Array, options: LossOptions) -> Float[jax.Array, "*_ones classes"]:
+    """The class weights along the last axis of an array that has one entry for each class."""
+    factors = options.class_weights or (1.0,) * like.shape[-1]
+    return jnp.asarray(factors, like.dtype).reshape((1,) * (like.ndim - 1) + (-1,))
+
+
+def _nearest(old: int, new: int, *, align_corners: bool) -> np.ndarray:
+    """Positions among `old` samples that lie nearest to each of `new` ones."""
+    target = np.arange(new)
+    if align_corners:
+        source = target * ((old - 1) / (new - 1) if new > 1 else 0.0)
+    else:
+        source = (target + 0.5) * old / new - 0.5
+    return np.floor(source + 0.5).astype(int).clip(0, old - 1)
+
+
+def _is_label(
+    labels: AnyLabels, num_classes: int
+) -> Bool[jax.Array, "_batch _height _width classes"]:
     classes = jnp.arange(num_classes, dtype=labels.dtype).reshape(1, 1, 1, -1)
     return labels[..., None] == classes

@@ -19,11 +19,15 @@ from ml_collections import config_flags
 
 from pspnet_jax.config import option_names
 
-_USED_BY_EVALUATE = (
-    "--config.data.",
-    "--config.evaluate.split=",
-    "--config.evaluate.batch_size=",
-)
+# Of a config, where a verb does not use all of it.
+_USED_OPTIONS = {
+    "evaluate": (
+        "--config.data.",
+        "--config.evaluate.split=",
+        "--config.evaluate.batch_size=",
+    ),
+    "prepare": ("--config.data.", "--config.evaluate.split="),
+}
 _MISSING_CONFIG = "--config=FILE is missing, e.g. --config=configs/scenes.py"
 
 
@@ -68,6 +72,13 @@ def _define_predict(values: flags.FlagValues, argv: list[str]) -> None:
     _define_checkpoint(values)
     flags.DEFINE_string("output", None, "Folder of the results.", flag_values=values)
     flags.DEFINE_boolean("overwrite", False, "Replace results that exist.", flag_values=values)
+
+
+def _define_prepare(values: flags.FlagValues, argv: list[str]) -> None:
+    _define_config(values, argv)
+    flags.DEFINE_string(
+        "output", None, "Folder that becomes data.root of data.source=prepared.", flag_values=values
+    )
 
 
 def _run_train(values: flags.FlagValues, words: list[str]) -> None:
@@ -131,6 +142,15 @@ def _run_check(values: flags.FlagValues, words: list[str]) -> None:
         raise ValueError("these data would stop or spoil a training; the problems are listed above")
 
 
+def _run_prepare(values: flags.FlagValues, words: list[str]) -> None:
+    from pspnet_jax import prepare
+
+    config, output = _value(values, "config"), _required(values, "output")
+    if config is None:
+        raise flags.ValidationError(_MISSING_CONFIG)
+    print(f"prepared: {prepare.run(config, output=output)}")
+
+
 def _define_convert(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_string(
         "family", "semseg", "Whose file it is: semseg or lextal.", flag_values=values
@@ -185,6 +205,7 @@ class Verb:
     define: Callable[[flags.FlagValues, list[str]], None]
     run: Callable[[flags.FlagValues, list[str]], None]
     takes_words: bool = False
+    after_interrupt: str = "the same command starts anew"
 
 
 VERBS = {
@@ -193,6 +214,7 @@ VERBS = {
         "pspnet --config=configs/scenes.py [--workdir=DIR] [--config.train.num_steps=1000]",
         _define_train,
         _run_train,
+        after_interrupt="the same command goes on from the last checkpoint, where there is one",
     ),
     "evaluate": Verb(
         "score a checkpoint on a split, with a report and pictures",
@@ -212,6 +234,12 @@ VERBS = {
         "pspnet check --config=FILE [--config.data.root=DIR] [--output=check.json]",
         _define_check,
         _run_check,
+    ),
+    "prepare": Verb(
+        "a folder of images and masks as a few large files, for data.source=prepared",
+        "pspnet prepare --config=FILE --config.data.root=FOLDER --output=DIR",
+        _define_prepare,
+        _run_prepare,
     ),
     "convert": Verb(
         "published weights into a model to evaluate, predict with or start from",
@@ -278,8 +306,9 @@ def verb_help(name: str) -> str:
         if flag_name in ("help", "helpshort", "helpfull", "helpxml", "flagfile", "undefok"):
             continue
         lines.append(f"  --{flag_name:<14}{values[flag_name].help}")
-    if name == "evaluate":
-        lines += ["", "options of the config: " + ", ".join(f"{o}*" for o in _USED_BY_EVALUATE)]
+    if name in _USED_OPTIONS:
+        used = ", ".join(f"{option}*" for option in _USED_OPTIONS[name])
+        lines += ["", f"options of the config: {used}"]
     elif "config" in values:
         lines += ["", "options (--config.NAME=VALUE; explained in pspnet_jax/config.py):"]
         lines += [f"  {option}" for option in option_names()]
@@ -287,17 +316,24 @@ def verb_help(name: str) -> str:
 
 
 def _refuse_unused_options(verb: str, argv: list[str]) -> None:
-    """`evaluate` takes its data from a config; the rest of it must not be changed in vain."""
+    """Some verbs take only the data from a config; the rest of it must not be changed in vain."""
+    used = _USED_OPTIONS.get(verb, ("--config.",))
     unused = [
         word.split("=")[0]
         for word in argv
-        if word.startswith("--config.") and not word.startswith(_USED_BY_EVALUATE)
+        if word.startswith("--config.") and not word.startswith(used)
     ]
-    if verb == "evaluate" and unused:
-        raise flags.Error(
-            f"evaluate does not use {', '.join(unused)}: of a config it takes data.*, evaluate.split and "
-            "evaluate.batch_size; the protocol has flags of its own (--protocol, --scales, --noflip, ...)"
-        )
+    if not unused:
+        return
+    takes = ", ".join(
+        option.removeprefix("--config.").replace("=", "").replace("data.", "data.*")
+        for option in used
+    )
+    own = "; the protocol has flags of its own (--protocol, --scales, --noflip, ...)"
+    raise flags.Error(
+        f"{verb} does not use {', '.join(unused)}: of a config it takes {takes}"
+        + (own if verb == "evaluate" else "")
+    )
 
 
 def _define_config(values: flags.FlagValues, argv: list[str]) -> None:
@@ -350,10 +386,7 @@ def _run(verb: Verb, values: flags.FlagValues, words: list[str]) -> int:
         log.debug("stopped by", exc_info=True)
         return _fail(1, str(error))
     except KeyboardInterrupt:
-        return _fail(
-            130,
-            "interrupted; the same command goes on from the last checkpoint, where there is one",
-        )
+        return _fail(130, f"interrupted; {verb.after_interrupt}")
     return 0
 
 

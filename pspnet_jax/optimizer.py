@@ -2,7 +2,7 @@
 
 * PyTorch's form of SGD: v = momentum * v + (gradient + weight_decay * p); p = p - learning_rate * v. (Caffe
   multiplies the learning rate into v; the two drift apart as the learning rate falls.)
-* Weight decay covers all parameters, norms and biases included.
+* Weight decay covers all parameters, norms and biases included, unless `decay_vectors` is False.
 * Heads learn `head_multiplier` times as fast as the backbone.
 """
 
@@ -17,14 +17,21 @@ Path = tuple[str, ...]
 
 
 def poly_schedule(
-    learning_rate: float, *, power: float, num_steps: int, warmup_steps: int = 0
+    learning_rate: float,
+    *,
+    power: float,
+    num_steps: int,
+    minimum: float = 0.0,
+    warmup_steps: int = 0,
 ) -> Schedule:
-    """learning_rate * (1 - step / num_steps) ** power, times (step + 1) / warmup_steps while warming up.
+    """(learning_rate - minimum) * (1 - step / num_steps) ** power + minimum, times (step + 1) / warmup_steps
+    while warming up.
 
-    The first step (0) uses the full learning rate and 0 is reached only after the last one, as in the
-    authors' code (the paper gives power 0.9 and no warm-up).
+    The first step (0) uses the full learning rate and the minimum is reached only after the last one, as in
+    the authors' code (the paper gives power 0.9 and no warm-up, mmsegmentation a minimum of 1e-4).
     """
-    return _warmed_up(optax.polynomial_schedule(learning_rate, 0.0, power, num_steps), warmup_steps)
+    poly = optax.polynomial_schedule(learning_rate, minimum, power, num_steps)
+    return _warmed_up(poly, warmup_steps)
 
 
 def multistep_schedule(
@@ -48,16 +55,17 @@ def sgd(
     weight_decay: float,
     head_multiplier: float,
     is_head: Callable[[Path], bool],
+    decay_vectors: bool = True,
 ) -> optax.GradientTransformation:
     """SGD in PyTorch's form, with parameters for which `is_head(path)` moving `head_multiplier` times as far.
 
     Args:
         schedule: step -> learning rate of the backbone.
         is_head: of a parameter's path of string keys.
+        decay_vectors: whether weight decay covers norms, biases and slopes too.
     """
-
     return optax.chain(
-        optax.add_decayed_weights(weight_decay),
+        _decay(weight_decay, decay_vectors),
         optax.sgd(schedule, momentum=momentum),
         _multiply_heads(head_multiplier, is_head),
     )
@@ -69,16 +77,24 @@ def adam(
     weight_decay: float,
     head_multiplier: float,
     is_head: Callable[[Path], bool],
+    decay_vectors: bool = True,
 ) -> optax.GradientTransformation:
     """Adam (Kingma and Ba 2015) with PyTorch's defaults: betas 0.9 and 0.999, epsilon 1e-8.
 
     Weight decay is added to the gradient before the moments, as PyTorch's Adam (not AdamW) does.
     """
     return optax.chain(
-        optax.add_decayed_weights(weight_decay),
+        _decay(weight_decay, decay_vectors),
         optax.adam(schedule),
         _multiply_heads(head_multiplier, is_head),
     )
+
+
+def _decay(weight_decay: float, decay_vectors: bool) -> optax.GradientTransformation:
+    def is_kernel(params: optax.Params) -> optax.Params:
+        return jax.tree.map(lambda x: x.ndim > 1, params)
+
+    return optax.add_decayed_weights(weight_decay, mask=None if decay_vectors else is_kernel)
 
 
 def _warmed_up(schedule: Schedule, warmup_steps: int) -> Schedule:

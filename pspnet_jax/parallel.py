@@ -31,13 +31,15 @@ def split_batch(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+def check_batch_size(batch_size: int, mesh: Mesh, *, accumulate_steps: int = 1) -> None:
     """Raise ValueError where a global batch cannot be split evenly, naming sizes that can."""
-    if batch_size % mesh.size:
-        below = batch_size // mesh.size * mesh.size
-        nearest = [str(size) for size in (below, below + mesh.size) if size > 0]
+    unit = mesh.size * accumulate_steps
+    if batch_size % unit:
+        below = batch_size // unit * unit
+        nearest = [str(size) for size in (below, below + unit) if size > 0]
+        parts = f" times train.accumulate_steps={accumulate_steps}" if accumulate_steps > 1 else ""
         raise ValueError(
-            f"global_batch_size={batch_size} must be a multiple of the {mesh.size} devices "
+            f"global_batch_size={batch_size} must be a multiple of the {mesh.size} devices{parts} "
             f"(nearest: {', '.join(nearest)})"
         )
 

@@ -9,7 +9,7 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from pspnet_jax import check, evaluate, parallel, windows
 from pspnet_jax import config as config_module
-from pspnet_jax.arrays import Batch, Example
+from pspnet_jax.arrays import Batch
 from pspnet_jax.catalog import LabelSet, load_label_set
 from pspnet_jax.checkpoint import (
     CheckpointFolder,
@@ -35,6 +35,7 @@ from pspnet_jax.checkpoint import (
 )
 from pspnet_jax.data import transforms
 from pspnet_jax.data.pipeline import Source, training_batches
+from pspnet_jax.losses import LossOptions
 from pspnet_jax.metric_writer import MetricWriter, Progress, log_to, write_whole
 from pspnet_jax.models.pspnet import (
     AUX_HEADS,
@@ -105,7 +106,7 @@ class Run:
     mesh: Mesh
     source: Source
     validation: Source
-    augment: Callable[[Example, np.random.Generator], Example]
+    augment: transforms.RandomView
     initial_state: TrainState
     train_step: TrainStep
     checkpoints: CheckpointFolder
@@ -283,6 +284,15 @@ class Run:
             device.device_kind,
         )
 
+        num_parts, batch = self.config.train.accumulate_steps, self.config.train.global_batch_size
+        if num_parts > 1:
+            log.info(
+                "%d parts of %d images go through one after the other; loss and gradients are those of the "
+                "whole batch, batch statistics are those of a part",
+                num_parts,
+                batch // num_parts,
+            )
+
     def write_config(self) -> None:
         """Write config.json; say what changed where the folder held another one."""
         path = self.workdir / "config.json"
@@ -304,6 +314,7 @@ def compose(config: ConfigDict, workdir: Path) -> Run:
     """Make and check every part of a run before anything is trained."""
     config = config.copy_and_resolve_references()
     config_module.validate(config)
+    what_was_scaled = config_module.scale_to_batch(config)
     label_set = load_label_set(config.data.labels)
     options = _resolve_model(config)
     family = FAMILIES[options.family]
@@ -314,7 +325,9 @@ def compose(config: ConfigDict, workdir: Path) -> Run:
     # Protocols with windows take their size from the label set: that which the network is trained on.
     label_set = dataclasses.replace(label_set, crop_size=crop_size)
     mesh = parallel.make_mesh()
-    parallel.check_batch_size(config.train.global_batch_size, mesh)
+    parallel.check_batch_size(
+        config.train.global_batch_size, mesh, accumulate_steps=config.train.accumulate_steps
+    )
     # What was left open is written down, so that config.json says what was done.
     config.model.update(dataclasses.asdict(options))
     config.augment.update(augment_options)
@@ -331,12 +344,13 @@ def compose(config: ConfigDict, workdir: Path) -> Run:
         model,
         optimizer,
         schedule,
-        aux_weight=config.loss.aux_weight,
-        presence_weight=config.loss.presence_weight,
-        class_weights=_class_weights(config, label_set),
+        loss=_loss_options(config, label_set),
+        accumulate_steps=config.train.accumulate_steps,
         seed=config.seed,
     )
     log_to(workdir / "log.txt")
+    if what_was_scaled:
+        log.info("%s", what_was_scaled)
     return Run(
         config=config,
         workdir=workdir,
@@ -386,16 +400,22 @@ def _resolve_model(config: ConfigDict) -> ModelOptions:
     return dataclasses.replace(options, aux_heads=tuple(heads))
 
 
-def _class_weights(config: ConfigDict, label_set: LabelSet) -> tuple[float, ...] | None:
-    weights = config.loss.class_weights
-    if weights is None:
-        return None
-    if len(weights) != label_set.num_classes:
+def _loss_options(config: ConfigDict, label_set: LabelSet) -> LossOptions:
+    options, num_parts = config.loss, config.train.accumulate_steps
+    weights = options.class_weights
+    if weights is not None and len(weights) != label_set.num_classes:
         raise ValueError(
             f"loss.class_weights has {len(weights)} factors, label set '{label_set.name}' has "
             f"{label_set.num_classes} classes"
         )
-    return tuple(map(float, weights))
+    if options.ohem_threshold is not None and num_parts > 1:
+        raise ValueError(
+            f"loss.ohem_threshold={options.ohem_threshold} chooses the hardest pixels of a whole batch, "
+            f"train.accumulate_steps={num_parts} never sees one: leave either out"
+        )
+    values = {field.name: options[field.name] for field in dataclasses.fields(LossOptions)}
+    values["class_weights"] = None if weights is None else tuple(map(float, weights))
+    return LossOptions(**values)
 
 
 def _make_optimizer(config: ConfigDict) -> tuple[Schedule, optax.GradientTransformation]:
@@ -405,6 +425,7 @@ def _make_optimizer(config: ConfigDict) -> tuple[Schedule, optax.GradientTransfo
             options.learning_rate,
             power=options.power,
             num_steps=config.train.num_steps,
+            minimum=options.minimum_learning_rate,
             warmup_steps=options.warmup_steps,
         )
     else:
@@ -418,6 +439,7 @@ def _make_optimizer(config: ConfigDict) -> tuple[Schedule, optax.GradientTransfo
         "weight_decay": options.weight_decay,
         "head_multiplier": options.head_multiplier,
         "is_head": is_head,
+        "decay_vectors": options.decay_norm_and_bias,
     }
     if options.name == "adam":
         return schedule, adam(schedule, **shared)

@@ -17,7 +17,7 @@ from flax import nnx, struct
 from jax.typing import DTypeLike
 
 from pspnet_jax.arrays import Batch, Images, Labels, Outputs, RawImages, Scalar
-from pspnet_jax.losses import ClassWeights, Losses, presence_accuracy, segmentation_loss
+from pspnet_jax.losses import Losses, LossOptions, presence_accuracy, segmentation_loss
 from pspnet_jax.models.pspnet import FAMILIES, Normalization, PSPNet
 from pspnet_jax.optimizer import Schedule
 
@@ -72,9 +72,8 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: Schedule,
     *,
-    aux_weight: float,
-    presence_weight: float = 0.0,
-    class_weights: ClassWeights = None,
+    loss: LossOptions,
+    accumulate_steps: int = 1,
     seed: int,
 ) -> TrainStep:
     """The function (state, batch) -> (next state, metrics) of a network and its optimizer.
@@ -82,43 +81,33 @@ def make_train_step(
     Args:
         model: gives the structure; its values are not used.
         schedule: step -> learning rate, for the metrics (the optimizer has its own).
-        aux_weight, presence_weight, class_weights: see `losses.segmentation_loss`.
+        loss: what is minimized.
+        accumulate_steps: parts of the batch that go through one after the other, for less memory. Loss and
+            gradients are those of the whole batch; each part has its own batch statistics, and moves the
+            running ones.
         seed: of dropout.
 
     Returns:
         A pure function. Metrics are scalars: those of `_loss_metrics`, learning_rate (of the backbone),
         gradient_norm, skipped_steps.
     """
-    graphdef, _, _ = split_model(model)
-    options = model.options
-    normalization = FAMILIES[options.family].normalization
+    gradient_of = _make_gradient(model, loss, share=1 / accumulate_steps)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        dtype = jax.tree.leaves(state.params)[0].dtype
-        images = normalize(batch.images, normalization, dtype=dtype)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-
-        def loss_of(params: dict):
-            model = nnx.merge(graphdef, params, state.batch_stats)
-            outputs = model(images, train=True, key=key)
-            losses = segmentation_loss(
-                outputs,
-                batch.labels,
-                aux_weight=aux_weight,
-                presence_weight=presence_weight,
-                class_weights=class_weights,
-                align_corners=options.align_corners,
+        if accumulate_steps == 1:
+            gradients, (metrics, batch_stats) = gradient_of(
+                state.params, state.batch_stats, batch, key, None
             )
-            statistics = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
-            return losses.total, (_loss_metrics(losses, outputs, batch.labels), statistics)
-
-        gradient_of = jax.value_and_grad(loss_of, has_aux=True)
-        (loss, (metrics, batch_stats)), gradients = gradient_of(state.params)
+        else:
+            gradients, metrics, batch_stats = _accumulate(
+                gradient_of, state, batch, key, num_parts=accumulate_steps
+            )
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         gradient_norm = optax.tree.norm(gradients)
         proposed = TrainState(state.step + 1, params, batch_stats, opt_state, state.skipped_steps)
-        next_state = _if_finite(loss + gradient_norm, proposed, state)
+        next_state = _if_finite(metrics["loss"] + gradient_norm, proposed, state)
         return next_state, metrics | {
             # The optimizer counts the steps it took: a skipped one does not move its schedule.
             "learning_rate": jnp.asarray(schedule(state.step - state.skipped_steps)),
@@ -129,12 +118,70 @@ def make_train_step(
     return train_step
 
 
-def _loss_metrics(losses: Losses, outputs: Outputs, labels: Labels) -> Metrics:
-    """Nats per valid pixel of the global batch; of presence, per image and class, and a share of 0..1."""
+def _make_gradient(model: PSPNet, loss: LossOptions, *, share: float) -> Callable:
+    """The gradient of the loss of one part, with its metrics and the batch statistics after it.
+
+    Args:
+        share: of one part in the batch.
+    """
+    graphdef, _, _ = split_model(model)
+    options = model.options
+    normalization = FAMILIES[options.family].normalization
+
+    def loss_of(
+        params: dict, batch_stats: dict, part: Batch, key: jax.Array, of_batch: Labels | None
+    ) -> tuple[Scalar, tuple[Metrics, dict]]:
+        dtype = jax.tree.leaves(params)[0].dtype
+        model = nnx.merge(graphdef, params, batch_stats)
+        outputs = model(normalize(part.images, normalization, dtype=dtype), train=True, key=key)
+        losses = segmentation_loss(
+            outputs, part.labels, loss, align_corners=options.align_corners, of_batch=of_batch
+        )
+        statistics = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+        metrics = _loss_metrics(losses, outputs, part.labels, share=share)
+        return losses.total, (metrics, statistics)
+
+    return jax.grad(loss_of, has_aux=True)
+
+
+def _accumulate(
+    gradient_of: Callable, state: TrainState, batch: Batch, key: jax.Array, *, num_parts: int
+) -> tuple[dict, Metrics, dict]:
+    """Gradients and metrics of a batch whose parts go through one after the other, and the batch
+    statistics after the last one."""
+    parts = jax.tree.map(lambda x: _parts(x, num_parts), batch)
+    arguments = (state.params, state.batch_stats, jax.tree.map(lambda x: x[0], parts), key)
+    _, (metrics, _) = jax.eval_shape(gradient_of, *arguments, batch.labels)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (state.params, metrics))
+
+    def add_part(sums: tuple[dict, Metrics, dict], numbered: tuple[jax.Array, Batch]):
+        number, part = numbered
+        *so_far, batch_stats = sums
+        gradients, (metrics, batch_stats) = gradient_of(
+            state.params, batch_stats, part, jax.random.fold_in(key, number), batch.labels
+        )
+        added = jax.tree.map(jnp.add, tuple(so_far), (gradients, metrics))
+        return (*added, batch_stats), None
+
+    sums, _ = jax.lax.scan(add_part, (*zeros, state.batch_stats), (jnp.arange(num_parts), parts))
+    return sums
+
+
+def _parts(x: jax.Array, count: int) -> jax.Array:
+    """[batch, ...] -> [count, batch / count, ...]; every `count`-th image, so that no device sends one."""
+    return jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
+
+
+def _loss_metrics(losses: Losses, outputs: Outputs, labels: Labels, *, share: float) -> Metrics:
+    """Nats per valid pixel of the global batch; of presence, per image and class, and a share of 0..1.
+
+    Args:
+        share: of these images in the batch; the metrics of its parts add up.
+    """
     metrics = {"loss": losses.total, "main_loss": losses.main, "aux_loss": losses.aux}
     if outputs.presence_logits is not None:
         metrics["presence_loss"] = losses.presence
-        metrics["presence_accuracy"] = presence_accuracy(outputs.presence_logits, labels)
+        metrics["presence_accuracy"] = share * presence_accuracy(outputs.presence_logits, labels)
     return metrics
 
 

@@ -33,6 +33,7 @@ LAYERS = [
         "advice",
         "check_report",
         "check",
+        "prepare",
         "pretrained",
         "convert",
         "export",
@@ -48,7 +49,9 @@ FOLDERS = {
         "layouts",
         "headers",
         "folders",
+        "builders",
         "scenes",
+        "views",
         "transforms",
         "workers",
         "pipeline",
@@ -68,7 +71,7 @@ PURE = [
     "visualize",
 ]
 PURE += [f"models/{module}" for module in FOLDERS["models/"]]
-PURE += ["data/headers", "data/transforms"]
+PURE += ["data/headers", "data/views", "data/transforms"]
 IMPURE_IMPORTS = {"os", "time", "pathlib", "shutil", "random", "logging", "sys", "io", "tempfile"}
 
 
@@ -155,7 +158,7 @@ def test_torch_is_imported_nowhere_and_nothing_is_unpickled():
 def test_importing_the_package_and_the_command_line_is_cheap():
     code = (
         "import sys, pspnet_jax, pspnet_jax.main; "
-        "heavy = {'jax', 'flax', 'cv2', 'grain', 'orbax'} & set(sys.modules); "
+        "heavy = {'jax', 'flax', 'cv2', 'grain', 'orbax', 'tensorflow_datasets'} & set(sys.modules); "
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -13,6 +13,8 @@ from pspnet_jax import check, check_report
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.config import default_config
 from pspnet_jax.data.folders import FolderSource
+from pspnet_jax.data.layouts import DataError
+from pspnet_jax.data.pipeline import open_source
 from pspnet_jax.main import main
 
 from pictures import (
@@ -224,6 +226,39 @@ def test_painted_scenes_are_a_sample(capsys):
     assert not found.problems
     assert "64 images, a sample: they are painted on the fly" in check_report.text(found)
     assert found.surveys["training"].class_pixels[:12].all()
+
+
+def test_prepared_data_are_checked_as_their_folder(tmp_path):
+    good_data(tmp_path / "data")
+    image, mask = (tmp_path / f"data/{kind}/train/001.png" for kind in ("images", "annotations"))
+    image.write_bytes(image.read_bytes()[:-30])
+    write_mask(mask, np.full((40, 50), 99, np.uint8))
+    write_mask(tmp_path / "data/annotations/val/050.png", np.zeros((40, 49), np.uint8))
+    folder = config_of(tmp_path / "data")
+    argv = [f"--config={CONFIG}", f"--config.data.root={tmp_path / 'data'}"]
+    assert main(["prepare", *argv, f"--output={tmp_path / 'prepared'}"]) == 0
+    found = check.run(config_of(tmp_path / "prepared", source="prepared"))
+    expected = check.run(folder)
+    for role in ("training", "validation"):
+        for name in ("raw_pixels", "raw_images", "class_pixels", "pixels_beside", "sizes"):
+            np.testing.assert_equal(
+                getattr(found.surveys[role], name), getattr(expected.surveys[role], name)
+            )
+    relative = {
+        title: [sentence.replace(f"{tmp_path / 'data'}/", "") for sentence in sentences]
+        for title, sentences in expected.problems.items()
+    }
+    assert len(relative) == 3
+    assert found.problems == relative
+    assert list(problems_of(tmp_path, source="prepared")) == [
+        "the training split 'train' cannot be read",
+        "the validation split 'val' cannot be read",
+    ]
+    source = open_source(
+        "prepared", split="val", label_set=CAMVID, layout="camvid", root=str(tmp_path / "prepared")
+    )
+    with pytest.raises(DataError, match=r"050\.png is 40x50 .*050\.png is 40x49"):
+        check.first_look(source, CAMVID, split="val")
 
 
 def test_flag_of_class_weights_can_be_pasted(tmp_path, capsys):

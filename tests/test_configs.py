@@ -24,11 +24,15 @@ def read(path):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_config_makes_a_valid_network(path):
+def test_config_makes_a_valid_network(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where folder_resnet50 looks for mine.csv
+    rows = ["id,name,red,green,blue,raw_ids", "0,ground,120,100,80,0", "1,house,200,60,60,1"]
+    (tmp_path / "mine.csv").write_text("\n".join(rows))
     config = read(path)
     validate(config)
     label_set = load_label_set(config.data.labels)
     options = ModelOptions.resolve(config.model.to_dict())
+    transforms.resolve(config.augment.to_dict())
     check_size(config.data.crop_size or label_set.crop_size, FAMILIES[options.family])
 
 
@@ -97,3 +101,21 @@ def test_docstring_names_the_target_and_what_it_takes(data, depth):
     assert f"{num_images:,}" in text
     assert f"{num_epochs} epochs" in text
     assert f"{num_epochs * (num_images // 16):,} steps" in text
+
+
+def test_every_promised_config_is_there():
+    names = {path.stem for path in CONFIGS}
+    ade20k = {f"ade20k_resnet{depth}" for depth in (18, 101, 152, 269)}
+    others = {"camvid_resnet18", "camvid_resnet50", "folder_resnet50", "ade20k_resnet50_mmseg"}
+    assert ade20k | others | {"ade20k", "scenes", "lextal_resnet34"} <= names
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_docstring_says_what_to_expect_and_on_what(path):
+    text = " ".join(ast.get_docstring(ast.parse(path.read_text())).split())
+    if path.stem not in ("scenes", "camvid_resnet18", "lextal_resnet34"):
+        assert "--config.init_from=" in text
+        assert (
+            "not reproduced here" in text or "not trained here" in text or "nothing is pub" in text
+        )
+        assert "GPU" in text or "RTX" in text

@@ -51,3 +51,38 @@ def test_figures_hold_a_curve_and_class_maps(context, tmp_path, monkeypatch):
     maps = cv2.imread(str(tmp_path / "pyramid_3_class_maps.png"))
     assert curve.shape[0] > 300
     assert maps.shape[1] > 4 * 250
+
+
+@pytest.mark.slow
+def test_image_level_compares_four_networks(tmp_path, monkeypatch):
+    arguments = [f"--output={tmp_path}", "--seeds=3", "--num_steps=2"]
+    module = run_script("image_level", *arguments, monkeypatch=monkeypatch)
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["network"] for row in rows] == list(module.NETWORKS)
+    told = {row["network"]: row["presence_accuracy"] for row in rows}
+    assert told["paper"] is told["variant_without_presence"] is None
+    assert 0 <= told["variant"] <= 1
+    assert told["paper_presence"] is not None
+    assert "| variant without presence | 1 |" in (tmp_path / "results.md").read_text()
+    sides = {
+        name: json.loads((tmp_path / f"{name}_3/config.json").read_text())["data"]["crop_size"]
+        for name in module.NETWORKS
+    }
+    assert sides["paper"] == [129, 129]
+    assert sides["variant"] == [128, 128]
+
+
+def test_the_data_benchmark_writes_its_ratios(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    arguments = [
+        f"--output={tmp_path}",
+        "--workers=0",
+        "--repeats=1",
+        "--batches=1",
+        "--pictures=2",
+    ]
+    run_script("benchmark_data", *arguments, monkeypatch=monkeypatch)
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert set(found["images_per_second"]) == {"0"}
+    assert all(t["low"] > 0 for t in found["milliseconds"].values())
+    assert "with decoding: ours is" in capsys.readouterr().out

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pspnet_jax.losses import segmentation_loss
+from pspnet_jax.losses import LossOptions, segmentation_loss
 from pspnet_jax.models.layers import NoRandomNumbers
 from pspnet_jax.models.pspnet import IMAGENET_8BIT, PSPNet
 from pspnet_jax.train_step import normalize, split_model
@@ -96,9 +96,11 @@ def step(request) -> Step:
             losses = segmentation_loss(
                 outputs,
                 labels,
-                aux_weight=0.4,  # there is no such head
-                presence_weight=make_lextal.PRESENCE_WEIGHT,
-                class_weights=tuple(make_lextal.class_weights()),
+                LossOptions(
+                    aux_weight=0.4,  # there is no such head
+                    presence_weight=make_lextal.PRESENCE_WEIGHT,
+                    class_weights=tuple(make_lextal.class_weights()),
+                ),
                 align_corners=True,
             )
             statistics = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))

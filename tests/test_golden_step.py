@@ -19,6 +19,7 @@ import pytest
 from flax import nnx
 
 from pspnet_jax.arrays import Batch
+from pspnet_jax.losses import LossOptions
 from pspnet_jax.models.pspnet import FAMILIES, PSPNet, is_head
 from pspnet_jax.optimizer import poly_schedule, sgd
 from pspnet_jax.resample import resize
@@ -106,7 +107,9 @@ def _take_two_steps(case, dtype: str) -> dict:
     state = state.replace(params=params, batch_stats=batch_stats, opt_state=optimizer.init(params))
     images, labels = make_step.draw_batch(case)
     batch = Batch(images, labels, np.arange(3, dtype=np.int32), np.ones(3, bool))
-    step = jit(make_train_step(model, optimizer, schedule, aux_weight=make_step.AUX_WEIGHT, seed=0))
+    step = jit(
+        make_train_step(model, optimizer, schedule, loss=LossOptions(make_step.AUX_WEIGHT), seed=0)
+    )
     first, metrics = step(state, batch)
     second, _ = step(first, batch)
     before, after = dict(make_step.flatten(params)), dict(make_step.flatten(second.params))

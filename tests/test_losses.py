@@ -7,11 +7,13 @@ import pytest
 
 from pspnet_jax.arrays import IGNORE_LABEL, Outputs
 from pspnet_jax.losses import (
+    LossOptions,
     cross_entropy,
     presence_accuracy,
     presence_loss,
     presence_of,
     segmentation_loss,
+    thin_out,
 )
 from pspnet_jax.resample import resize
 
@@ -75,8 +77,8 @@ def test_auxiliary_loss_is_weighted():
     rng = np.random.default_rng(0)
     main, aux = (jnp.asarray(rng.standard_normal((2, 2, 2, 4)), jnp.float32) for _ in range(2))
     _, labels = logits_and_labels()
-    losses = segmentation_loss(Outputs(main, aux), labels, aux_weight=0.4, align_corners=True)
-    alone = segmentation_loss(Outputs(main), labels, aux_weight=0.4, align_corners=True)
+    losses = segmentation_loss(Outputs(main, aux), labels, align_corners=True)
+    alone = segmentation_loss(Outputs(main), labels, align_corners=True)
     assert float(losses.total) == pytest.approx(float(losses.main + 0.4 * losses.aux), rel=1e-6)
     assert float(losses.main) == float(alone.total)
     assert float(losses.aux) > 0
@@ -88,9 +90,7 @@ def test_logits_are_stretched_to_label_size():
     for align_corners in (True, False):
         small = logits[:, :3, :2]
         full = resize(small, (5, 5), align_corners=align_corners)
-        losses = segmentation_loss(
-            Outputs(small), labels, aux_weight=0.0, align_corners=align_corners
-        )
+        losses = segmentation_loss(Outputs(small), labels, align_corners=align_corners)
         found[align_corners] = float(losses.main)
         assert found[align_corners] == pytest.approx(float(cross_entropy(full, labels)), rel=1e-6)
     assert found[True] != pytest.approx(found[False], rel=1e-3)
@@ -105,9 +105,10 @@ def test_shapes_are_checked():
 def test_class_weights_weigh_pixels_and_divide_by_their_sum():
     logits = jnp.log(jnp.array([[[[0.5, 0.25, 0.25], [0.1, 0.1, 0.8], [0.2, 0.2, 0.6]]]]))
     labels = jnp.array([[[0, 2, IGNORE_LABEL]]], jnp.uint8)
-    found = cross_entropy(logits, labels, class_weights=(3.0, 9.0, 1.0))
+    found = cross_entropy(logits, labels, LossOptions(class_weights=(3.0, 9.0, 1.0)))
     assert float(found) == pytest.approx(-(3 * np.log(0.5) + np.log(0.8)) / 4, rel=1e-6)
-    nothing = cross_entropy(logits, jnp.full_like(labels, 1), class_weights=(1.0, 0.0, 1.0))
+    weights = LossOptions(class_weights=(1.0, 0.0, 1.0))
+    nothing = cross_entropy(logits, jnp.full_like(labels, 1), weights)
     assert float(nothing) == 0
 
 
@@ -126,7 +127,8 @@ def test_presence_loss_by_hand():
     found = float(presence_loss(PRESENCE_LOGITS, PRESENCE_LABELS))
     assert found == pytest.approx(terms.mean(), rel=1e-6)
     weights = np.array([1.0, 4.0, 0.5])
-    found = float(presence_loss(PRESENCE_LOGITS, PRESENCE_LABELS, class_weights=tuple(weights)))
+    options = LossOptions(class_weights=tuple(weights))
+    found = float(presence_loss(PRESENCE_LOGITS, PRESENCE_LABELS, options))
     assert found == pytest.approx((terms * weights).mean(), rel=1e-6)
 
 
@@ -137,11 +139,117 @@ def test_presence_accuracy_counts_pairs():
 def test_both_auxiliary_losses_at_once():
     logits, labels = logits_and_labels()
     outputs = Outputs(logits, 2 * logits, jnp.ones((2, 4)))
-    weights = {"aux_weight": 0.4, "presence_weight": 0.7, "align_corners": True}
-    losses = segmentation_loss(outputs, labels, **weights)
+    options = LossOptions(aux_weight=0.4, presence_weight=0.7)
+    losses = segmentation_loss(outputs, labels, options, align_corners=True)
     expected = losses.main + 0.4 * losses.aux + 0.7 * losses.presence
     assert float(losses.total) == pytest.approx(float(expected))
     assert float(losses.presence) == pytest.approx(float(presence_loss(jnp.ones((2, 4)), labels)))
-    without = segmentation_loss(outputs, labels, **(weights | {"presence_weight": 0.0}))
+    without = segmentation_loss(outputs, labels, LossOptions(aux_weight=0.4), align_corners=True)
     assert float(without.presence) == 0
     assert float(without.total) == pytest.approx(float(losses.main + 0.4 * losses.aux))
+
+
+SMOOTHED_LOGITS = jnp.log(jnp.array([[[[0.5, 0.25, 0.25], [0.1, 0.1, 0.8], [0.2, 0.2, 0.6]]]]))
+SMOOTHED_LABELS = jnp.array([[[0, 2, IGNORE_LABEL]]], jnp.uint8)
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [(None, 0.5505649900), ((3.0, 9.0, 1.0), 0.8830528944)],
+)
+def test_label_smoothing_is_pytorchs(weights, expected):
+    """torch.nn.functional.cross_entropy(logits, labels, weight, ignore_index=255, label_smoothing=0.1)."""
+    options = LossOptions(label_smoothing=0.1, class_weights=weights)
+    found = float(cross_entropy(SMOOTHED_LOGITS, SMOOTHED_LABELS, options))
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_all_pixels_divide_where_asked():
+    logits, labels = logits_and_labels()
+    valid = int((labels != IGNORE_LABEL).sum())
+    expected = float(cross_entropy(logits, labels)) * valid / labels.size
+    found = float(cross_entropy(logits, labels, LossOptions(normalizer="all")))
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def hardest(logits, labels, *, threshold, share_min):
+    """Online hard example mining by sorting, pixel by pixel."""
+    probabilities = np.asarray(jax.nn.softmax(logits), np.float64).reshape(-1, logits.shape[-1])
+    labels = np.asarray(labels).reshape(-1)
+    valid = np.flatnonzero(labels != IGNORE_LABEL)
+    own = np.sort(probabilities[valid, labels[valid]])
+    num_kept = max(int(np.ceil(share_min * len(valid))), int((own <= threshold).sum()))
+    return -np.log(own[:num_kept]).mean()
+
+
+@pytest.mark.parametrize("threshold", [0.05, 0.3, 0.95])
+@pytest.mark.parametrize("share_min", [0.1, 0.5])
+def test_only_the_hardest_pixels_count(threshold, share_min):
+    logits, labels = logits_and_labels()
+    options = LossOptions(ohem_threshold=threshold, ohem_share_min=share_min)
+    expected = hardest(logits, labels, threshold=threshold, share_min=share_min)
+    found, gradient = jax.value_and_grad(cross_entropy)(logits, labels, options)
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+    touched = np.asarray(gradient).any(axis=-1)
+    assert touched.sum() < (labels != IGNORE_LABEL).sum() or threshold == 0.95
+    assert not touched[np.asarray(labels) == IGNORE_LABEL].any()
+
+
+def test_nothing_but_void_is_zero_under_every_option():
+    logits, _ = logits_and_labels()
+    labels = jnp.full((2, 5, 5), IGNORE_LABEL, jnp.uint8)
+    options = LossOptions(
+        ohem_threshold=0.7, label_smoothing=0.1, class_weights=(1.0, 2.0, 3.0, 4.0)
+    )
+    loss, gradient = jax.value_and_grad(cross_entropy)(logits, labels, options)
+    assert float(loss) == 0
+    assert not np.asarray(gradient).any()
+
+
+def test_labels_are_thinned_out_to_the_samples_of_the_logits():
+    labels = jnp.asarray(np.arange(17 * 25).reshape(1, 17, 25) % 251, jnp.uint8)
+    np.testing.assert_array_equal(thin_out(labels, (3, 4), align_corners=True), labels[:, ::8, ::8])
+    # Half-pixel rule: the centers of 8 x 8 squares lie between pixels 3 and 4; the latter is taken.
+    square = labels[:, :16, :24]
+    np.testing.assert_array_equal(
+        thin_out(square, (2, 3), align_corners=False), square[:, 4::8, 4::8]
+    )
+
+
+def test_the_loss_at_an_eighth_is_that_of_thin_labels():
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.standard_normal((2, 3, 3, 4)), jnp.float32)
+    labels = jnp.asarray(rng.integers(0, 4, (2, 17, 17)), jnp.uint8)
+    options = LossOptions(resolution="eighth")
+    found = segmentation_loss(Outputs(logits, 2 * logits), labels, options, align_corners=True)
+    thin = labels[:, ::8, ::8]
+    assert float(found.main) == pytest.approx(float(cross_entropy(logits, thin)), rel=1e-6)
+    assert float(found.aux) == pytest.approx(float(cross_entropy(2 * logits, thin)), rel=1e-6)
+
+
+@pytest.mark.parametrize("resolution", ["full", "eighth"])
+@pytest.mark.parametrize("normalizer", ["valid", "all"])
+def test_losses_of_parts_add_up_to_that_of_the_batch(resolution, normalizer):
+    rng = np.random.default_rng(1)
+    logits = jnp.asarray(rng.standard_normal((4, 3, 3, 4)), jnp.float32)
+    presence = jnp.asarray(rng.standard_normal((4, 4)), jnp.float32)
+    labels = jnp.asarray(rng.integers(0, 4, (4, 17, 17)), jnp.uint8)
+    labels = labels.at[0].set(IGNORE_LABEL).at[1, :9].set(IGNORE_LABEL)
+    options = LossOptions(
+        presence_weight=0.7,
+        class_weights=(1.0, 2.0, 0.5, 3.0),
+        label_smoothing=0.1,
+        normalizer=normalizer,
+        resolution=resolution,
+    )
+
+    def losses(part, of_batch=None):
+        outputs = Outputs(logits[part], 2 * logits[part], presence[part])
+        found = segmentation_loss(
+            outputs, labels[part], options, align_corners=True, of_batch=of_batch
+        )
+        return np.array(found)
+
+    whole = losses(slice(None))
+    parts = losses(slice(0, 4, 2), labels) + losses(slice(1, 4, 2), labels)
+    np.testing.assert_allclose(parts, whole, rtol=1e-6)

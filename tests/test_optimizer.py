@@ -19,6 +19,13 @@ def test_poly_schedule_is_its_formula():
     assert float(schedule(1000)) == 0
 
 
+def test_poly_schedule_ends_at_its_minimum():
+    schedule = poly_schedule(0.01, power=0.9, num_steps=1000, minimum=1e-4)
+    for step in (0, 500, 1000):
+        expected = (0.01 - 1e-4) * (1 - step / 1000) ** 0.9 + 1e-4
+        assert float(schedule(step)) == pytest.approx(expected, rel=1e-4)
+
+
 def test_warmup_rises_linearly_and_then_leaves_the_schedule_alone():
     plain = poly_schedule(0.1, power=0.9, num_steps=100)
     warm = poly_schedule(0.1, power=0.9, num_steps=100, warmup_steps=10)
@@ -103,3 +110,16 @@ def test_adam_is_pytorchs_rule():
             move = rate * multiplier * mean / (np.sqrt(square) + 1e-8)
             expected[name] = expected[name] - move
             np.testing.assert_allclose(params[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [sgd, adam])
+def test_norms_and_biases_can_be_left_out_of_weight_decay(make):
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    options = {"weight_decay": 0.1, "head_multiplier": 1.0, "is_head": lambda path: False}
+    options |= {"momentum": 0.9} if make is sgd else {}
+    no_gradient = {name: jnp.zeros_like(x) for name, x in params.items()}
+    for decays in (True, False):
+        optimizer = make(lambda step: 0.5, decay_vectors=decays, **options)
+        updates, _ = optimizer.update(no_gradient, optimizer.init(params), params)
+        assert (updates["kernel"] < 0).all()
+        assert bool((updates["bias"] < 0).all()) == decays

@@ -34,3 +34,8 @@ def test_uneven_batch_names_sizes_that_fit():
         parallel.check_batch_size(12, mesh)
     with pytest.raises(ValueError, match=r"\(nearest: 8\)"):
         parallel.check_batch_size(3, mesh)
+    parallel.check_batch_size(32, mesh, accumulate_steps=4)
+    with pytest.raises(
+        ValueError, match=r"8 devices times train.accumulate_steps=4 \(nearest: 32, 64\)"
+    ):
+        parallel.check_batch_size(40, mesh, accumulate_steps=4)

@@ -88,14 +88,23 @@ def test_worker_processes_change_nothing():
     assert_same(batches(5), batches(5, num_workers=2))
 
 
-@pytest.mark.parametrize("num_processes", [2, 4])
-def test_processes_share_the_stream(monkeypatch, num_processes):
+@pytest.mark.parametrize(
+    ("num_processes", "num_workers"),
+    [
+        (2, 0),
+        (4, 0),
+        (2, 1),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((2, 3), (4, 1), (4, 3))),
+    ],
+)
+def test_processes_share_the_stream(monkeypatch, num_processes, num_workers):
+    """Byte for byte what one process without workers loads."""
     whole = batches(3)
     shares = []
     for process in range(num_processes):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         monkeypatch.setattr(jax, "process_count", lambda: num_processes)
-        shares.append(batches(3))
+        shares.append(batches(3, num_workers=num_workers))
     for step, batch in enumerate(whole):
         together = [np.concatenate(x) for x in zip(*(share[step] for share in shares), strict=True)]
         assert_same(tuple(together), tuple(batch))

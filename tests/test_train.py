@@ -278,3 +278,39 @@ def test_poly_schedule_ends_at_the_last_step(finished):
     rates = [row["learning_rate"] for row in rows(finished) if "loss" in row]
     expected = [0.01 * (1 - step / 6) ** 0.9 for step in (1, 3, 5)]
     np.testing.assert_allclose(rates, expected, rtol=1e-5)
+
+
+def test_learning_rate_and_steps_follow_the_batch(data, tmp_path):
+    config = tiny(
+        data,
+        train__recipe_batch_size=32,
+        train__num_steps=10,
+        train__evaluate_every_steps=5,
+        optimizer__warmup_steps=3,
+        optimizer__schedule="multistep",
+        optimizer__milestones=(6, 8),
+    )
+    run = compose(config, tmp_path)
+    optimizer, steps = run.config.optimizer, run.config.train
+    assert optimizer.learning_rate == pytest.approx(0.01 * 8 / 32)
+    assert (optimizer.warmup_steps, optimizer.milestones) == (12, (24, 32))
+    assert (steps.num_steps, steps.evaluate_every_steps) == (40, 20)
+    assert steps.recipe_batch_size == 8  # what config.json holds is not scaled again
+    text = (tmp_path / "log.txt").read_text()
+    assert "from a batch of 32 to one of 8 images" in text
+    assert "optimizer.learning_rate: 0.01 -> 0.0025" in text
+    assert config.train.num_steps == 10  # the caller's is left alone
+
+
+def test_accumulation_says_what_it_does_not_accumulate(data, tmp_path):
+    config = tiny(data, train__accumulate_steps=2, train__global_batch_size=16, train__num_steps=1)
+    train(config, tmp_path)
+    text = (tmp_path / "log.txt").read_text()
+    assert "2 parts of 8 images go through one after the other" in text
+    assert "batch statistics are those of a part" in text
+    config = tiny(data, train__accumulate_steps=2, loss__ohem_threshold=0.7)
+    config.train.global_batch_size = 16
+    with pytest.raises(
+        ValueError, match=r"ohem_threshold=0.7 chooses the hardest pixels of a whole"
+    ):
+        compose(config, tmp_path)

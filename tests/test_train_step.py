@@ -9,6 +9,7 @@ import pytest
 
 from pspnet_jax import parallel
 from pspnet_jax.arrays import IGNORE_LABEL, Batch
+from pspnet_jax.losses import PLAIN, LossOptions
 from pspnet_jax.models.pspnet import IMAGENET_8BIT, is_head
 from pspnet_jax.optimizer import poly_schedule, sgd
 from pspnet_jax.train import compile_step
@@ -39,16 +40,18 @@ def make_optimizer(num_steps=10, learning_rate=0.01):
     return optimizer, schedule
 
 
-def make_state_and_step(*, seed=0, **overrides):
+def make_state_and_step(*, seed=0, loss=PLAIN, accumulate_steps=1, **overrides):
     model = network(**overrides)
     optimizer, schedule = make_optimizer()
-    step = make_train_step(model, optimizer, schedule, aux_weight=0.4, seed=seed)
+    step = make_train_step(
+        model, optimizer, schedule, loss=loss, accumulate_steps=accumulate_steps, seed=seed
+    )
     return create_train_state(model, optimizer), step
 
 
-def run_on(devices, dtype):
+def run_on(devices, dtype, **options):
     """Two steps on a mesh of devices; parameters and images in `dtype`."""
-    state, step = make_state_and_step(dtype=str(np.dtype(dtype)))
+    state, step = make_state_and_step(dtype=str(np.dtype(dtype)), **options)
     state = jax.tree.map(
         lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, state
     )
@@ -81,6 +84,35 @@ def test_one_device_equals_eight_in_float32():
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
     # The momentum after the first steps is made of gradients.
     assert relative_difference(one[0]["opt_state"], eight[0]["opt_state"]) < 1e-4
+
+
+ACCUMULATED = {
+    "loss": LossOptions(class_weights=(1.0, 2.0, 0.5, 3.0, 1.0), label_smoothing=0.1),
+    "dropout_rate": 0.0,
+    "frozen_norm": True,
+}
+
+
+def test_parts_of_a_batch_are_the_batch_where_nothing_depends_on_the_others():
+    """Without batch statistics and dropout: loss, gradients and parameters, on one device and four."""
+    with jax.enable_x64(True):
+        whole = run_on(jax.devices()[:1], np.float64, **ACCUMULATED)
+        for num_devices in (1, 4):
+            devices = jax.devices()[:num_devices]
+            parts = run_on(devices, np.float64, **ACCUMULATED, accumulate_steps=2)
+            assert relative_difference(parts, whole) < 1e-9
+
+
+def test_each_part_moves_the_running_statistics():
+    """Twice in one step, and other values than the whole batch gives."""
+    state, step = make_state_and_step(accumulate_steps=2)
+    after, metrics = jax.jit(step)(state, make_batch())
+    assert np.isfinite(metrics["loss"])
+    mean = after.batch_stats["backbone"]["stem"]["norm1"]["mean"]
+    _, whole_step = small_step()
+    whole = whole_step(state, make_batch())[0].batch_stats["backbone"]["stem"]["norm1"]["mean"]
+    # Momentum 0.1: 0.19 of the mean instead of 0.1.
+    assert float(jnp.linalg.norm(mean) / jnp.linalg.norm(whole)) == pytest.approx(1.9, abs=0.1)
 
 
 @functools.cache

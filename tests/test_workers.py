@@ -1,10 +1,13 @@
 """Processes that read files: in order, off the accelerator, and gone when nobody waits for them."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,7 +20,53 @@ from pspnet_jax.data.workers import in_order
 
 from pictures import write_split
 
-BUDGET_SECONDS = 90
+BUDGET_SECONDS = 120
+
+TESTS = Path(__file__).parent
+PROGRAM = textwrap.dedent(
+    """
+    import sys, time
+    sys.path.insert(0, {tests!r})
+    from pspnet_jax.data import transforms
+    from pspnet_jax.data.pipeline import training_batches
+    from pictures import ExampleSource
+
+    if __name__ == "__main__":
+        view = transforms.make_augment(
+            transforms.resolve({{"recipe": "semseg"}}), (33, 33), fill=(0, 0, 0)
+        )
+        batches = training_batches(
+            ExampleSource(10), view, global_batch_size=4, seed=0, first_step=0, num_workers=2
+        )
+        next(batches)
+        print("ready", flush=True)
+        if {fails}:
+            sys.stdin.readline()
+            raise RuntimeError("as planned")
+        while True:
+            next(batches)
+            time.sleep(0.01)
+    """
+)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that waits to be collected does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that a process has started, and those that they have."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    children = [child for child, parent in parents.items() if parent == pid]
+    return [*children, *(each for child in children for each in descendants(child))]
+
 
 SLEEPERS = """
 import time
@@ -85,33 +134,35 @@ def start_sleepers():
     return process
 
 
-def group_is_empty_within(group, seconds):
+def all_end_within(pids, seconds):
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return True
+    while any(map(is_alive, pids)) and time.monotonic() < end:
         time.sleep(0.1)
-    os.killpg(group, signal.SIGKILL)
-    return False
+    left = [pid for pid in pids if is_alive(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    return not left
 
 
 def test_interrupt_ends_all_processes_with_one_traceback():
     process = start_sleepers()
+    workers = descendants(process.pid)
+    assert len(workers) >= 2
     os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C sends
     _, errors = process.communicate(timeout=20)
     assert process.returncode != 0
     assert errors.count("Traceback") == 1
     assert errors.strip().endswith("KeyboardInterrupt")
-    assert group_is_empty_within(process.pid, 3)
+    assert all_end_within(workers, 3)
 
 
 def test_processes_end_with_their_parent():
     process = start_sleepers()
+    workers = descendants(process.pid)
+    assert len(workers) >= 2
     process.kill()
+    assert all_end_within(workers, 10)
     process.communicate(timeout=20)
-    assert group_is_empty_within(process.pid, 10)
 
 
 def test_survey_is_the_same_in_processes(tmp_path, monkeypatch):
@@ -133,3 +184,34 @@ def test_survey_is_the_same_in_processes(tmp_path, monkeypatch):
     for mine, theirs in zip(here, there, strict=True):
         for a, b in zip(mine, theirs, strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "end",
+    ["killed", *(pytest.param(how, marks=pytest.mark.slow) for how in ("interrupted", "failed"))],
+)
+def test_no_worker_is_left_behind(tmp_path, end):
+    script = tmp_path / "loads.py"
+    script.write_text(PROGRAM.format(tests=str(TESTS), fails=end == "failed"))
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(TESTS.parent), environment.get("PYTHONPATH", "")]
+    )
+    with subprocess.Popen(
+        [sys.executable, str(script)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+    ) as program:
+        assert program.stdout.readline() == "ready\n"
+        workers = descendants(program.pid)
+        assert len(workers) >= 2
+        assert all(map(is_alive, workers))
+        if end == "failed":
+            program.communicate("\n", timeout=30)
+        else:
+            program.send_signal(signal.SIGINT if end == "interrupted" else signal.SIGKILL)
+        assert program.wait(timeout=30) != 0
+    assert all_end_within(workers, 10)

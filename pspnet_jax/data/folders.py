@@ -53,9 +53,26 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> Example:
         pair = self.pairs[index]
-        image, mask = read_image(pair.image), read_mask(pair.mask)
-        check_sizes(pair, image, mask)
-        return Example(image, to_labels(pair, mask, self._label_set), np.int32(index))
+        image, mask = read_bytes(pair.image), read_bytes(pair.mask)
+        return decode_example(image, mask, index, files=pair, label_set=self._label_set)
+
+
+def decode_example(
+    image: bytes, mask: bytes, index: int, *, files: Pair, label_set: LabelSet
+) -> Example:
+    """The contents of an image file and of its mask file as an example.
+
+    Args:
+        index: position in the data set.
+        files: what errors name.
+
+    Raises:
+        DataError: where one cannot be decoded, sizes differ, or the label set does not list a value.
+    """
+    photograph, raw_mask = decode_image(files.image, image), decode_mask(files.mask, mask)
+    check_sizes(files, photograph, raw_mask, headers.parse(image))
+    labels = to_labels(files.mask, raw_mask, label_set, headers.parse(mask))
+    return Example(photograph, labels, np.int32(index))
 
 
 def read_image(path: Path | str) -> RawImage:
@@ -78,14 +95,11 @@ def read_mask(path: Path | str) -> LabelMap | RawImage:
 
 
 def read_bytes(path: Path | str) -> bytes:
-    """A file's content; DataError where it is missing, unreadable or empty."""
+    """A file's content; DataError where it is missing or unreadable."""
     try:
-        encoded = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
-    if not encoded:
-        raise DataError(f"{path}: the file is empty")
-    return encoded
 
 
 def decode_image(path: Path | str, encoded: bytes) -> RawImage:
@@ -127,20 +141,26 @@ def decode_mask(path: Path | str, encoded: bytes) -> LabelMap | RawImage:
     return mask if mask.ndim == 2 else mask[..., ::-1]
 
 
-def check_sizes(pair: Pair, image: RawImage, mask: np.ndarray) -> None:
-    """DataError where an image, as it is shown, and its mask [height, width, ...] differ in size."""
+def check_sizes(
+    files: Pair, image: RawImage, mask: np.ndarray, header: headers.Header | None
+) -> None:
+    """DataError where an image, as it is shown, and its mask [height, width, ...] differ in size.
+
+    Args:
+        files: what the error names.
+        header: of the image file.
+    """
     if image.shape[:2] == mask.shape[:2]:
         return
-    header = headers.parse(read_bytes(pair.image))
     turned = ""
     if header is not None and header.orientation > 1:
         turned = f"; stored as {header.height}x{header.width}, turned by its Exif orientation {header.orientation}"
     message = (
-        f"sizes differ: {pair.image} is {image.shape[0]}x{image.shape[1]} (height x width{turned}), "
-        f"{pair.mask} is {mask.shape[0]}x{mask.shape[1]}"
+        f"sizes differ: {files.image} is {image.shape[0]}x{image.shape[1]} (height x width{turned}), "
+        f"{files.mask} is {mask.shape[0]}x{mask.shape[1]}"
     )
     if header is not None and header.is_turned_aside and mask.shape[:2] == image.shape[1::-1]:
-        path, turn = str(pair.mask), _TURNS[header.orientation]
+        path, turn = str(files.mask), _TURNS[header.orientation]
         message += (
             ": the mask was drawn on the image as it is stored; turn it likewise: python -c "
             f'"import cv2; m = cv2.imread({path!r}, -1); cv2.imwrite({path!r}, {turn})"'
@@ -148,16 +168,25 @@ def check_sizes(pair: Pair, image: RawImage, mask: np.ndarray) -> None:
     raise DataError(message)
 
 
-def to_labels(pair: Pair, mask: LabelMap | RawImage, label_set: LabelSet) -> LabelMap:
-    """Train ids of a pair's mask; DataError for values or colors that the label set does not list."""
+def to_labels(
+    path: Path | str, mask: LabelMap | RawImage, label_set: LabelSet, header: headers.Header | None
+) -> LabelMap:
+    """Train ids of a mask; DataError for values or colors that the label set does not list.
+
+    Args:
+        path: what the error names.
+        header: of the mask file.
+    """
     try:
         return label_set.from_raw(mask) if mask.ndim == 2 else label_set.from_colors(mask)
     except ValueError as error:
-        hint = _hint_of_colors(pair.mask, mask) if mask.ndim == 3 else ""
-        raise DataError(f"{pair.mask}: {error}{hint}") from None
+        hint = _hint_of_colors(path, mask, header) if mask.ndim == 3 else ""
+        raise DataError(f"{path}: {error}{hint}") from None
 
 
 def _decode(path: Path | str, encoded: bytes, mode: int) -> np.ndarray:
+    if not encoded:
+        raise DataError(f"{path}: the file is empty")
     try:
         decoded = cv2.imdecode(np.frombuffer(encoded, np.uint8), mode)
     except cv2.error as error:
@@ -179,7 +208,7 @@ def _fix_of_mask(path: Path | str, mask: np.ndarray) -> str:
     )
 
 
-def _hint_of_colors(path: Path, mask: RawImage) -> str:
+def _hint_of_colors(path: Path | str, mask: RawImage, header: headers.Header | None) -> str:
     """What a picture in foreign colors probably is."""
     if (mask == mask[..., :1]).all():
         name = repr(str(path))
@@ -187,7 +216,6 @@ def _hint_of_colors(path: Path, mask: RawImage) -> str:
             ". Its three channels are equal, so they may be the ids: python -c "
             f'"import cv2; cv2.imwrite({name}, cv2.imread({name})[..., 0])" keeps one of them'
         )
-    header = headers.parse(read_bytes(path))
     if header is not None and header.has_palette:
         return (
             ". The file has a palette: where not its colors but its indexes are the ids, save those, e.g. with "

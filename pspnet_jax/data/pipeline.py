@@ -38,7 +38,7 @@ class Source(Protocol):
 def open_source(
     kind: str, *, split: str, label_set: LabelSet, layout: str, root: str | None
 ) -> Source:
-    """The examples of one split: `kind` 'folder' reads files, 'scenes' paints them.
+    """The examples of one split: 'folder' reads files, 'prepared' record files, 'scenes' paints.
 
     Raises:
         DataError: where files or classes are named that 'scenes' would not use, or files are missing.
@@ -51,6 +51,10 @@ def open_source(
                 "--config.data.source=folder"
             )
         return Scenes(split)
+    if kind == "prepared":
+        from pspnet_jax.data.builders import PreparedSource  # half a second, only where it is used
+
+        return PreparedSource(root, layout=layout, split=split, label_set=label_set)
     return FolderSource(root, layout=layout, split=split, label_set=label_set)
 
 

@@ -7,9 +7,9 @@
 import functools
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int64
@@ -38,6 +38,15 @@ _FEWEST_FOR_PROCESSES = 64  # below that, starting processes takes longer than r
 _MOST_PROCESSES = 16  # each holds about 250 MB
 
 
+@runtime_checkable
+class Records(Protocol):
+    """A source that can hand out the contents of its files; `builders.PreparedSource` is one."""
+
+    def __len__(self) -> int: ...
+
+    def record(self, index: int) -> tuple[Pair, bytes, bytes]: ...
+
+
 class Finding(NamedTuple):
     """What one image and its mask hold; None where that could not be read."""
 
@@ -61,32 +70,48 @@ class Finding(NamedTuple):
 
 def examine(pair: Pair, label_set: LabelSet) -> Finding:
     """Read one image and its mask, wholly; nothing is raised for what is wrong with them."""
-    finding = Finding(pair.name, str(pair.image), str(pair.mask))
-    faults: list[tuple[str, str]] = []
-    image = mask = None
+    return _examine(pair, lambda: read_bytes(pair.image), lambda: read_bytes(pair.mask), label_set)
+
+
+def examine_record(index: int, records: Records, label_set: LabelSet) -> Finding:
+    """`examine` of an example in a record file."""
     try:
-        encoded = read_bytes(pair.image)
+        files, image, mask = records.record(index)
+    except DataError as error:
+        name = f"record {index}"
+        return Finding(name, name, name, faults=((UNREADABLE_IMAGE, str(error)),))
+    return _examine(files, lambda: image, lambda: mask, label_set)
+
+
+def _examine(
+    files: Pair,
+    image_file: Callable[[], bytes],
+    mask_file: Callable[[], bytes],
+    label_set: LabelSet,
+) -> Finding:
+    finding = Finding(files.name, str(files.image), str(files.mask))
+    faults: list[tuple[str, str]] = []
+    image = mask = image_header = None
+    try:
+        encoded = image_file()
         finding = finding._replace(digest=hashlib.blake2b(encoded, digest_size=16).hexdigest())
-        image = decode_image(pair.image, encoded)
-        finding = finding._replace(size=image.shape[:2], remarks=_remarks(encoded))
+        image, image_header = decode_image(files.image, encoded), headers.parse(encoded)
+        finding = finding._replace(size=image.shape[:2], remarks=_remarks(image_header))
     except DataError as error:
         faults.append((UNREADABLE_IMAGE, str(error)))
     try:
-        encoded = read_bytes(pair.mask)
-        mask = decode_mask(pair.mask, encoded)
-        finding = _count(finding, mask, encoded)
+        encoded = mask_file()
+        mask, header = decode_mask(files.mask, encoded), headers.parse(encoded)
+        finding = _count(finding, mask, header)
+        labels = to_labels(files.mask, mask, label_set, header)
+        finding = finding._replace(class_counts=_histogram(labels))
     except DataError as error:
-        faults.append((UNREADABLE_MASK, str(error)))
-    if mask is not None:
+        faults.append((UNREADABLE_MASK if mask is None else OUT_OF_RANGE, str(error)))
+    if image is not None and mask is not None:
         try:
-            finding = finding._replace(class_counts=_histogram(to_labels(pair, mask, label_set)))
+            check_sizes(files, image, mask, image_header)
         except DataError as error:
-            faults.append((OUT_OF_RANGE, str(error)))
-        if image is not None:
-            try:
-                check_sizes(pair, image, mask)
-            except DataError as error:
-                faults.append((SIZES_DIFFER, str(error)))
+            faults.append((SIZES_DIFFER, str(error)))
     return finding._replace(faults=tuple(faults))
 
 
@@ -165,28 +190,30 @@ def survey(split: str, findings: Iterable[Finding]) -> Survey:
     return result
 
 
-def examine_all(pairs: Sequence[Pair], label_set: LabelSet) -> Iterator[Finding]:
-    """`examine` of every pair, in order, in as many processes as are worth their start."""
-    num_workers = min(num_cores(), _MOST_PROCESSES) if len(pairs) >= _FEWEST_FOR_PROCESSES else 0
-    return in_order(functools.partial(examine, label_set=label_set), pairs, num_workers=num_workers)
+def examine_all(split: Sequence[Pair] | Records, label_set: LabelSet) -> Iterator[Finding]:
+    """`examine` of every pair or record, in order, in as many processes as are worth their start."""
+    num_workers = min(num_cores(), _MOST_PROCESSES) if len(split) >= _FEWEST_FOR_PROCESSES else 0
+    if isinstance(split, Records):
+        look = functools.partial(examine_record, records=split, label_set=label_set)
+        return in_order(look, range(len(split)), num_workers=num_workers)
+    look = functools.partial(examine, label_set=label_set)
+    return in_order(look, split, num_workers=num_workers)
 
 
 def _histogram(values: LabelMap) -> Counts:
     return np.bincount(values.ravel(), minlength=256)
 
 
-def _count(finding: Finding, mask: np.ndarray, encoded: bytes) -> Finding:
+def _count(finding: Finding, mask: np.ndarray, header: headers.Header | None) -> Finding:
     """Adds the kind of the mask and, where it has one channel, its pixels by raw id."""
     if mask.ndim == 2:
         return finding._replace(kind_of_mask="raw ids in one channel", raw_counts=_histogram(mask))
-    header = headers.parse(encoded)
     has_palette = header is not None and header.has_palette
     kind = "a palette, read by its colors" if has_palette else "pictures, read by their colors"
     return finding._replace(kind_of_mask=kind)
 
 
-def _remarks(encoded: bytes) -> tuple[str, ...]:
-    header = headers.parse(encoded)
+def _remarks(header: headers.Header | None) -> tuple[str, ...]:
     if header is None:
         return ("neither PNG nor JPEG, whatever the name says; read as OpenCV decodes it",)
     remarks = []

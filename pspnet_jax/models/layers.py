@@ -172,7 +172,8 @@ class BatchNorm(nnx.Module):
         if count == 1:
             raise ValueError(
                 "batch norm would see one value per channel (a batch of one image at a 1x1 map): "
-                "use a global batch of at least 2, or --config.model.frozen_norm=True"
+                "use a global batch of at least 2 for each of train.accumulate_steps, or "
+                "--config.model.frozen_norm=True"
             )
         mean = x.mean(axis=(0, 1, 2))
         variance = jnp.square(x - _per_channel(mean)).mean(axis=(0, 1, 2))

@@ -136,6 +136,11 @@ def test_draws_of_the_authors_recipe():
     assert (degrees[~turns] == 0).all()
     sizes = np.array([plan.size for plan in drawn])
     np.testing.assert_array_equal(sizes, np.rint(scales[:, None] * (90, 120)))
+    # The pixel (width / 2, height / 2) of the picture stays where it is.
+    for i in np.flatnonzero(turns & ~flips)[:100]:
+        center = np.array([sizes[i, 1] / 2, sizes[i, 0] / 2, 1])
+        expected = (center[:2] + 0.5) / scales[i] - 0.5
+        np.testing.assert_allclose((drawn[i].to_image @ center)[:2], expected, atol=1e-9)
     corners = np.array([plan.corner for plan in drawn])
     for axis in (0, 1):
         room = sizes[:, axis] - 101

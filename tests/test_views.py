@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pspnet_jax.arrays import IGNORE_LABEL
+from pspnet_jax.data.transforms import make_augment, resolve
 from pspnet_jax.data.views import (
     ColorChange,
     Plan,
@@ -112,6 +113,7 @@ def test_steps_are_composed_in_their_order():
 def test_one_map_is_the_authors_steps(crop_size):
     """Smooth pictures by one sampling and by one sampling a step: a tenth of a pixel apart."""
     image, labels = smooth(90, 110), regions(90, 110)
+    planner = make_augment(resolve({"recipe": "semseg"}), crop_size, fill=FILL).planner
     kinds = set()
     for seed in range(40):
         draws = semseg_steps.draw(np.random.default_rng(seed))
@@ -119,7 +121,9 @@ def test_one_map_is_the_authors_steps(crop_size):
         expected, expected_labels = semseg_steps.augment(
             image.astype(np.float32), labels, draws, crop_size, fill=FILL
         )
-        seen, seen_labels = render(image, labels, plan_of(draws, crop_size), crop_size, fill=FILL)
+        # The same numbers: the recipe draws them in the same order.
+        plan = planner.plan(labels, crop_size, np.random.default_rng(seed))
+        seen, seen_labels = render(image, labels, plan, crop_size, fill=FILL)
         void, expected_void = seen_labels == IGNORE_LABEL, expected_labels == IGNORE_LABEL
         assert (
             void != expected_void
@@ -135,23 +139,6 @@ def test_one_map_is_the_authors_steps(crop_size):
         far = cv2.erode(outside, np.ones((7, 7)), borderValue=(1,)) == 1
         np.testing.assert_array_equal(seen[far], np.broadcast_to(FILL, seen[far].shape))
     assert len(kinds) == 8
-
-
-def plan_of(draws, crop_size):
-    """The same choice as a plan, for a picture of 90 x 110, by the rules of the authors' crop."""
-    size = (round(90 * draws.scale), round(110 * draws.scale))
-    to_image = scaling(draws.scale, draws.scale)
-    if draws.rotates:
-        to_image = to_image @ rotation(draws.degrees, (size[1] / 2, size[0] / 2))
-    if draws.flips:
-        to_image = to_image @ mirror(size[1])
-    corner = [
-        int(share * (max(have, side) - side + 1)) - max(side - have, 0) // 2
-        for share, have, side in zip(draws.offset, size, crop_size, strict=True)
-    ]
-    return Plan(
-        to_image, size, tuple(corner), is_rotated=bool(draws.rotates), blurs=bool(draws.blurs)
-    )
 
 
 def test_a_window_sees_nothing_beyond_it():

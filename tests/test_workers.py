@@ -149,7 +149,10 @@ def test_interrupt_ends_all_processes_with_one_traceback():
     workers = descendants(process.pid)
     assert len(workers) >= 2
     os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C sends
-    _, errors = process.communicate(timeout=20)
+    try:
+        _, errors = process.communicate(timeout=20)
+    finally:
+        process.kill()
     assert process.returncode != 0
     assert errors.count("Traceback") == 1
     assert errors.strip().endswith("KeyboardInterrupt")
@@ -205,13 +208,16 @@ def test_no_worker_is_left_behind(tmp_path, end):
         text=True,
         env=environment,
     ) as program:
-        assert program.stdout.readline() == "ready\n"
-        workers = descendants(program.pid)
-        assert len(workers) >= 2
-        assert all(map(is_alive, workers))
-        if end == "failed":
-            program.communicate("\n", timeout=30)
-        else:
-            program.send_signal(signal.SIGINT if end == "interrupted" else signal.SIGKILL)
-        assert program.wait(timeout=30) != 0
+        try:
+            assert program.stdout.readline() == "ready\n"
+            workers = descendants(program.pid)
+            assert len(workers) >= 2
+            assert all(map(is_alive, workers))
+            if end == "failed":
+                program.communicate("\n", timeout=30)
+            else:
+                program.send_signal(signal.SIGINT if end == "interrupted" else signal.SIGKILL)
+            assert program.wait(timeout=30) != 0
+        finally:
+            program.kill()
     assert all_end_within(workers, 10)

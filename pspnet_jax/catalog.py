@@ -29,6 +29,10 @@ from pspnet_jax.arrays import IGNORE_LABEL, LabelMap, RawImage
 
 COLUMNS = ("id", "name", "red", "green", "blue", "raw_ids")
 MAX_CLASSES = 254
+TWO_CLASSES = (
+    "255 is void unless a class lists it: masks of two classes, 0 and 255, want a CSV as data.labels with "
+    f"the lines '{','.join(COLUMNS)}', '0,background,0,0,0,0' and '1,object,255,255,255,255'"
+)
 _UNMAPPED = 254  # inside the look-up table only; train ids never reach it
 
 
@@ -79,12 +83,20 @@ class LabelSet:
         unmapped = labels == _UNMAPPED
         if unmapped.any():
             found = ", ".join(map(str, np.unique(mask[unmapped])[:10]))
+            void = np.flatnonzero(self.table == IGNORE_LABEL).tolist()
+            binary = f"; {TWO_CLASSES}" if 255 in void and (mask == 255).any() else ""
             raise ValueError(
                 f"mask values {found} are out of range for label set '{self.name}' (its classes list "
-                f"{_ranges([raw for ids in self.raw_ids for raw in ids])}, void is "
-                f"{_ranges([*self.void_raw_ids, IGNORE_LABEL])}); is data.labels the right one?"
+                f"{_ranges([raw for ids in self.raw_ids for raw in ids])}, void is {_ranges(void) or 'nothing'}); "
+                f"is data.labels the right one?{binary}"
             )
         return labels
+
+    def meaning(self, raw: int) -> str | None:
+        """What a raw value stands for: the name of a class, 'void', or nothing (None)."""
+        train_id = int(self.table[raw])
+        names = {IGNORE_LABEL: "void", _UNMAPPED: None}
+        return names[train_id] if train_id in names else self.names[train_id]
 
     def from_colors(self, mask: RawImage) -> LabelMap:
         """Train ids of a mask that is a picture in the colors of this label set.

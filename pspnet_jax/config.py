@@ -24,7 +24,8 @@ def default_config() -> ConfigDict:
 
     data = config.data = ConfigDict()
     data.source = "folder"  # folder | prepared | scenes
-    data.layout = "ade20k"  # of a folder: ade20k | camvid | cityscapes | list | pairs | voc2012
+    # of a folder: ade20k | camvid | cityscapes | cityscapes_coarse | list | pairs | voc2012
+    data.layout = "ade20k"
     data.root = placeholder(str)  # folder of images and masks, or what prepare wrote
     # ade20k | ade20k_train_ids | camvid | cityscapes | cityscapes_train_ids | scenes | voc2012, or a CSV
     # file id,name,red,green,blue,raw_ids
@@ -137,7 +138,9 @@ def _one_of(*values: str) -> tuple[Callable[[str], bool], str]:
 _CONSTRAINTS: dict[str, tuple[Callable, str]] = {
     "seed": _AT_LEAST_0,
     "data.source": _one_of("folder", "prepared", "scenes"),
-    "data.layout": _one_of("ade20k", "camvid", "cityscapes", "list", "pairs", "voc2012"),
+    "data.layout": _one_of(
+        "ade20k", "camvid", "cityscapes", "cityscapes_coarse", "list", "pairs", "voc2012"
+    ),
     "data.crop_size": _PAIR,
     "data.num_workers": _AT_LEAST_0,
     "augment.recipe": _one_of("semseg", "mmseg", "lextal", "none"),

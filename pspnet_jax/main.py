@@ -123,6 +123,25 @@ def _run_predict(values: flags.FlagValues, words: list[str]) -> None:
     )
 
 
+def _define_check(values: flags.FlagValues, argv: list[str]) -> None:
+    _define_config(values, argv)
+    flags.DEFINE_string(
+        "output", None, "JSON file for what was found, e.g. check.json.", flag_values=values
+    )
+
+
+def _run_check(values: flags.FlagValues, words: list[str]) -> None:
+    from pspnet_jax import check, check_report
+
+    config = _value(values, "config")
+    if config is None:
+        raise flags.ValidationError(_MISSING_CONFIG)
+    found = check.run(config, output=_value(values, "output"))
+    print(check_report.text(found))
+    if found.problems:
+        raise ValueError("these data would stop or spoil a training; the problems are listed above")
+
+
 def _run_prepare(values: flags.FlagValues, words: list[str]) -> None:
     from pspnet_jax import prepare
 
@@ -209,6 +228,12 @@ VERBS = {
         _define_predict,
         _run_predict,
         takes_words=True,
+    ),
+    "check": Verb(
+        "read all images and masks of a config's data and report what is wrong",
+        "pspnet check --config=FILE [--config.data.root=DIR] [--output=check.json]",
+        _define_check,
+        _run_check,
     ),
     "prepare": Verb(
         "a folder of images and masks as a few large files, for data.source=prepared",

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pspnet_jax import visualize
-from pspnet_jax.data.folders import IMAGE_SUFFIXES, DataError, read_image
+from pspnet_jax.data.folders import read_image
+from pspnet_jax.data.layouts import IMAGE_SUFFIXES, DataError
 from pspnet_jax.report import write_picture
 from pspnet_jax.segmenter import load
 

@@ -21,8 +21,8 @@ from flax import serialization
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from pspnet_jax import check, evaluate, parallel, windows
 from pspnet_jax import config as config_module
-from pspnet_jax import evaluate, parallel, windows
 from pspnet_jax.arrays import Batch
 from pspnet_jax.catalog import LabelSet, load_label_set
 from pspnet_jax.checkpoint import (
@@ -77,6 +77,7 @@ def train(config: ConfigDict, workdir: Path) -> Path:
         ValueError: for a fault in the config or the data, or a folder that holds another network.
     """
     run = compose(config, workdir)
+    run.look_at_data()
     state = run.resume_or_start()
     run.write_config()
     run.announce()
@@ -256,6 +257,12 @@ class Run:
             optimizer["skipped_steps"],
         )
         return TrainState(*jax.tree.map(jnp.asarray, restored))
+
+    def look_at_data(self) -> None:
+        """Read a few images of both splits: most faults of data show at once, not hours later."""
+        data, label_set = self.config.data, self.description.label_set
+        check.first_look(self.source, label_set, split=data.train_split)
+        check.first_look(self.validation, label_set, split=self.config.evaluate.split)
 
     def announce(self) -> None:
         """Say what is trained on what; the first step is silent for as long as it compiles."""

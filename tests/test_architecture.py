@@ -26,7 +26,18 @@ LAYERS = [
     ["data/", "models/", "losses", "optimizer", "metrics", "parallel", "visualize"],
     ["train_step", "windows"],
     ["segmenter"],
-    ["report", "evaluate", "predict", "prepare", "pretrained", "convert", "export"],
+    [
+        "report",
+        "evaluate",
+        "predict",
+        "advice",
+        "check_report",
+        "check",
+        "prepare",
+        "pretrained",
+        "convert",
+        "export",
+    ],
     ["train"],
     ["main"],
     ["__init__"],
@@ -34,7 +45,18 @@ LAYERS = [
 # Within a folder, in the order of the flow.
 FOLDERS = {
     "weights/": ["names", "fit", "pickles", "pytorch", "safetensors"],
-    "data/": ["folders", "builders", "scenes", "views", "transforms", "pipeline"],
+    "data/": [
+        "layouts",
+        "headers",
+        "folders",
+        "builders",
+        "scenes",
+        "views",
+        "transforms",
+        "workers",
+        "pipeline",
+        "survey",
+    ],
     "models/": ["layers", "resnet", "densenet", "squeezenet", "pyramid", "pspnet"],
 }
 FOUNDATIONS = {"arrays", "resample", "catalog"}  # where the modules of layer 2 meet
@@ -48,7 +70,8 @@ PURE = [
     "windows",
     "visualize",
 ]
-PURE += [f"models/{module}" for module in FOLDERS["models/"]] + ["data/views", "data/transforms"]
+PURE += [f"models/{module}" for module in FOLDERS["models/"]]
+PURE += ["data/headers", "data/views", "data/transforms"]
 IMPURE_IMPORTS = {"os", "time", "pathlib", "shutil", "random", "logging", "sys", "io", "tempfile"}
 
 

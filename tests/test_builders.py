@@ -22,7 +22,8 @@ from pspnet_jax.catalog import load_label_set
 from pspnet_jax.config import default_config
 from pspnet_jax.data import builders, transforms
 from pspnet_jax.data.builders import PreparedSource
-from pspnet_jax.data.folders import DataError, FolderSource
+from pspnet_jax.data.folders import FolderSource
+from pspnet_jax.data.layouts import DataError
 from pspnet_jax.data.pipeline import evaluation_examples, open_source, training_batches
 
 from pictures import example, write_image, write_split

@@ -156,6 +156,31 @@ def test_a_class_may_list_255(tmp_path):
     np.testing.assert_array_equal(load_label_set(str(path)).from_raw(mask), [[0, 1]])
 
 
+def test_values_beside_255_suggest_how_a_class_lists_it(tmp_path):
+    camvid = load_label_set("camvid")
+    with pytest.raises(ValueError, match=r"'1,object,255,255,255,255'"):
+        camvid.from_raw(np.array([[0, 128, 255]], np.uint8))
+    with pytest.raises(ValueError, match=r"is data\.labels the right one\?$"):
+        camvid.from_raw(np.array([[0, 128]], np.uint8))
+    (tmp_path / "binary.csv").write_text(HEADER + "0,background,0,0,0,0\n1,object,9,9,9,255\n")
+    binary = load_label_set(str(tmp_path / "binary.csv"))
+    with pytest.raises(
+        ValueError, match=r"values 128 are .* list 0, 255, void is nothing\); is .* one\?$"
+    ):
+        binary.from_raw(np.array([[0, 128, 255]], np.uint8))
+
+
+def test_meaning_of_raw_values():
+    camvid = load_label_set("camvid")
+    assert [camvid.meaning(raw) for raw in (0, 10, 11, 255, 12)] == [
+        "sky",
+        "bicyclist",
+        "void",
+        "void",
+        None,
+    ]
+
+
 @pytest.mark.parametrize("name", ["cityscapes", "scenes", "voc2012"])
 def test_json_round_trip(name):
     label_set = load_label_set(name)

@@ -1,77 +1,34 @@
-"""Folders of images and masks: what is read, and what a fault says."""
+"""Files of images and masks: what is read, and what a fault says."""
 
-import struct
-import zlib
+import re
 
 import cv2
 import numpy as np
 import pytest
 
 from pspnet_jax.catalog import load_label_set
-from pspnet_jax.data.folders import DataError, FolderSource, read_image, read_mask
+from pspnet_jax.data import headers
+from pspnet_jax.data.folders import FolderSource, read_image, read_mask
+from pspnet_jax.data.layouts import DataError
 
-from pictures import write_split
+from pictures import (
+    CMYK_JPEG,
+    write_mask,
+    write_palette_mask,
+    write_photograph,
+    write_split,
+    write_turned_photograph,
+    write_voc,
+)
 
 BUDGET_SECONDS = 15
 
 CAMVID = load_label_set("camvid")
 VOC = load_label_set("voc2012")
-CITYSCAPES = load_label_set("cityscapes")
-TRAIN_IDS = load_label_set("cityscapes_train_ids")
 
 
 def open_split(root, split="train", layout="camvid", label_set=CAMVID):
     return FolderSource(str(root), layout=layout, split=split, label_set=label_set)
-
-
-def write_photograph(path, size=(4, 6)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    assert cv2.imwrite(str(path), np.full((*size, 3), 90, np.uint8))
-
-
-def write_mask(path, value=0, size=(4, 6)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    assert cv2.imwrite(str(path), np.full(size, value, np.uint8))
-
-
-def write_palette_mask(path, ids, colors):
-    """A PNG with a palette, as PASCAL VOC's, from the PNG specification: OpenCV writes none."""
-    palette = np.zeros((256, 3), np.uint8)
-    palette[list(colors)] = list(colors.values())
-    rows = b"".join(b"\0" + row.tobytes() for row in ids)
-    header = struct.pack(">IIBBBBB", ids.shape[1], ids.shape[0], 8, 3, 0, 0, 0)
-    chunks = {
-        b"IHDR": header,
-        b"PLTE": palette.tobytes(),
-        b"IDAT": zlib.compress(rows),
-        b"IEND": b"",
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(
-        b"\x89PNG\r\n\x1a\n"
-        + b"".join(
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-            for kind, data in chunks.items()
-        )
-    )
-
-
-def write_voc(root, split, names, masks, text=None):
-    """Photographs, gray masks of the aeroplane (1) and the list of one split."""
-    for name in names:
-        write_photograph(root / f"JPEGImages/{name}.jpg")
-        write_mask(root / f"{masks}/{name}.png", 1)
-    lists = root / "ImageSets/Segmentation"
-    lists.mkdir(parents=True, exist_ok=True)
-    (lists / f"{split}.txt").write_text(text or "".join(f"{name}\n" for name in names))
-
-
-def write_cityscapes(root, city, number, *endings):
-    stem = f"{city}_{number:06d}_000019"
-    write_photograph(root / f"leftImg8bit/train/{city}/{stem}_leftImg8bit.png")
-    for ending in endings:
-        value = 26 if ending == "labelIds" else 13  # a car
-        write_mask(root / f"gtFine/train/{city}/{stem}_gtFine_{ending}.png", value)
 
 
 def test_reads_pairs_in_order(tmp_path):
@@ -94,56 +51,6 @@ def test_ade20k_layout_maps_raw_ids(tmp_path):
     raw = read_mask(tmp_path / "annotations/training/training_0000.png")
     source = open_split(tmp_path, "training", "ade20k", load_label_set("ade20k"))
     np.testing.assert_array_equal(source[0].labels, raw - 1)
-
-
-def test_segnet_and_pairs_layouts(tmp_path):
-    write_split(tmp_path / "a", "train", 1)
-    (tmp_path / "b").mkdir()
-    (tmp_path / "a/images/train").rename(tmp_path / "b/train")
-    (tmp_path / "a/annotations/train").rename(tmp_path / "b/trainannot")
-    assert len(open_split(tmp_path / "b")) == 1
-    write_split(tmp_path / "c", "mine", 2, masks="masks")
-    assert len(open_split(tmp_path / "c", "mine", "pairs")) == 2
-
-
-def test_wrong_root_says_what_was_expected_found_and_where_it_comes_from(tmp_path):
-    (tmp_path / "photos/summer").mkdir(parents=True)
-    with pytest.raises(DataError) as caught:
-        open_split(tmp_path, "training", "ade20k")
-    text = str(caught.value)
-    assert "images/training/ and" in text
-    assert "found     photos/, photos/summer/" in text
-    assert "ADEChallengeData2016.zip" in text
-    assert "--config.data.root=DIR" in text
-    with pytest.raises(DataError, match="no folder"):
-        open_split(tmp_path / "nowhere")
-    with pytest.raises(DataError, match=r"data\.root is not set"):
-        FolderSource(None, layout="ade20k", split="training", label_set=CAMVID)
-
-
-def test_image_without_mask_and_mask_without_image_are_named(tmp_path):
-    write_split(tmp_path, "train", 9)
-    (tmp_path / "annotations/train/train_0001.png").unlink()
-    for i in range(3, 9):
-        (tmp_path / f"images/train/train_000{i}.jpg").unlink()
-    with pytest.raises(DataError) as caught:
-        open_split(tmp_path)
-    assert "train_0001.jpg (1 of 3): no partner in" in str(caught.value)
-    assert "and 1 more (6 of 8)" in str(caught.value)
-
-
-def test_zero_images(tmp_path):
-    write_split(tmp_path, "train", 0)
-    with pytest.raises(DataError, match="zero images"):
-        open_split(tmp_path)
-
-
-def test_two_images_of_one_name(tmp_path):
-    write_split(tmp_path, "train", 2)
-    folder = tmp_path / "images/train"
-    (folder / "train_0000.png").write_bytes((folder / "train_0000.jpg").read_bytes())
-    with pytest.raises(DataError, match="share the names train_0000"):
-        open_split(tmp_path)
 
 
 def test_size_mismatch_names_both_files(tmp_path):
@@ -194,130 +101,6 @@ def test_color_that_is_no_class_names_the_file_and_the_color(tmp_path):
         open_split(tmp_path, "val", "voc2012", VOC)[0]
 
 
-@pytest.mark.parametrize("split", ["train_aug", "trainaug"])
-def test_voc2012_augmented_masks_lie_in_a_folder_of_their_own(tmp_path, split):
-    write_voc(tmp_path, split, ["a", "b"], "SegmentationClassAug")
-    write_voc(tmp_path, "train", ["c"], "SegmentationClass")
-    assert len(open_split(tmp_path, split, "voc2012", VOC)) == 2
-    assert len(open_split(tmp_path, "train", "voc2012", VOC)) == 1
-
-
-def test_voc2012_list_may_name_its_masks(tmp_path):
-    lines = "JPEGImages/a.jpg SegmentationClassAug/a.png\n"
-    write_voc(tmp_path, "mine", ["a"], "SegmentationClassAug", lines)
-    assert open_split(tmp_path, "mine", "voc2012", VOC).names == ["a"]
-
-
-def test_voc2012_names_without_files_are_counted(tmp_path):
-    names = [f"n{i}" for i in range(8)]
-    write_voc(tmp_path, "train_aug", names, "SegmentationClass")
-    (tmp_path / "JPEGImages/n3.jpg").unlink()
-    with pytest.raises(DataError) as caught:
-        open_split(tmp_path, "train_aug", "voc2012", VOC)
-    text = str(caught.value)
-    assert "train_aug.txt names files" in text
-    assert "JPEGImages/n3.jpg (1 of 8): no such image" in text
-    assert "SegmentationClassAug/n4.png and 3 more (8 of 8): no such mask" in text
-    assert "VOCtrainval_11-May-2012.tar" in text
-
-
-def test_list_that_is_not_there(tmp_path):
-    write_voc(tmp_path, "val", ["a"], "SegmentationClass")
-    with pytest.raises(DataError) as caught:
-        open_split(tmp_path, "train_aug", "voc2012", VOC)
-    text = str(caught.value)
-    assert "ImageSets/Segmentation/train_aug.txt" in text
-    assert "found     beside it val.txt" in text
-    assert "Hariharan" in text
-    with pytest.raises(
-        DataError, match=r"found     ImageSets/, ImageSets/Segmentation/, JPEGImages/"
-    ):
-        open_split(tmp_path, "none/train.txt", "list", VOC)
-    with pytest.raises(DataError, match=r"data\.root is not set"):
-        FolderSource(None, layout="voc2012", split="train", label_set=VOC)
-
-
-def test_list_of_images_and_masks(tmp_path):
-    """The authors' format for all data sets."""
-    write_photograph(tmp_path / "root/photos/b.jpg")
-    write_photograph(tmp_path / "root/photos/a.png")
-    write_mask(tmp_path / "root/ids/x.png", 3)
-    text = "\nphotos/b.jpg ids/x.png\nphotos/a.png ids/x.png\n\n"
-    (tmp_path / "root/train.txt").write_text(text)
-    (tmp_path / "elsewhere.txt").write_text(text)
-    for split in ("train.txt", str(tmp_path / "elsewhere.txt")):
-        source = open_split(tmp_path / "root", split, "list")
-        assert source.names == ["b", "a"]
-        assert (source[1].labels == 3).all()
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a.jpg\na.jpg a.png\n", r"must be 'image mask', .* 1 are not, by number:\n  1: 'a\.jpg'"),
-        ("a.jpg a.png\na.jpg my mask.png\n", r"2: 'a\.jpg my mask\.png'"),
-        ("a.jpg b.png\n", r"  b\.png \(1 of 1\): no such mask"),
-        ("b.jpg a.png\n", r"  b\.jpg \(1 of 1\): no such image"),
-        ("a.jpg a.png\na.jpg a.jpg\n", r"a\.jpg \(1 of 2\): a mask must be \.png"),
-        ("\n", "is empty: zero images"),
-    ],
-)
-def test_bad_list(tmp_path, text, message):
-    write_photograph(tmp_path / "a.jpg")
-    write_mask(tmp_path / "a.png")
-    (tmp_path / "list.txt").write_text(text)
-    with pytest.raises(DataError, match=rf"list\.txt[\s\S]*{message}[\s\S]*your own list"):
-        open_split(tmp_path, "list.txt", "list")
-
-
-def test_cityscapes_reads_the_encoding_of_its_label_set(tmp_path):
-    for city, number in (("bonn", 7), ("aachen", 0)):
-        write_cityscapes(
-            tmp_path, city, number, "labelIds", "labelTrainIds", "instanceIds", "color"
-        )
-    for label_set in (CITYSCAPES, TRAIN_IDS):
-        source = open_split(tmp_path, "train", "cityscapes", label_set)
-        assert source.names == ["aachen_000000_000019", "bonn_000007_000019"]
-        assert (source[1].labels == CITYSCAPES.names.index("car")).all()
-
-
-def test_cityscapes_reads_label_ids_for_ones_own_classes(tmp_path):
-    write_cityscapes(tmp_path, "aachen", 0, "labelIds", "labelTrainIds")
-    (tmp_path / "mine.csv").write_text(
-        "id,name,red,green,blue,raw_ids\n0,ground,0,0,0,7 8\n1,vehicle,9,9,9,26\n"
-    )
-    mine = load_label_set(str(tmp_path / "mine.csv"))
-    assert (open_split(tmp_path, "train", "cityscapes", mine)[0].labels == 1).all()
-
-
-def test_cityscapes_masks_that_are_not_there(tmp_path):
-    write_cityscapes(tmp_path, "aachen", 0, "labelIds")
-    write_cityscapes(tmp_path, "aachen", 1, "labelIds", "labelTrainIds")
-    with pytest.raises(DataError) as caught:
-        open_split(tmp_path, "train", "cityscapes", TRAIN_IDS)
-    text = str(caught.value)
-    assert "aachen_000000_000019_leftImg8bit.png (1 of 2): no partner in" in text
-    assert "*_gtFine_labelTrainIds" in text
-    assert "createTrainIdLabelImgs" in text
-
-
-@pytest.mark.parametrize(
-    ("label_set", "ending", "other"),
-    [(CITYSCAPES, "labelTrainIds", TRAIN_IDS), (TRAIN_IDS, "labelIds", CITYSCAPES)],
-    ids=lambda value: getattr(value, "name", value),
-)
-def test_encodings_of_cityscapes_are_not_mixed_up_in_a_list(tmp_path, label_set, ending, other):
-    write_cityscapes(tmp_path, "aachen", 0, ending)
-    name = "train/aachen/aachen_000000_000019"
-    line = f"leftImg8bit/{name}_leftImg8bit.png gtFine/{name}_gtFine_{ending}.png\n"
-    (tmp_path / "train.txt").write_text(line)
-    assert len(open_split(tmp_path, "train.txt", "list", other)) == 1
-    with pytest.raises(
-        DataError, match=rf"_{ending}\.png \(1 of 1\) want data\.labels={other.name}\n"
-    ):
-        open_split(tmp_path, "train.txt", "list", label_set)
-
-
 @pytest.mark.parametrize("keep", [0.0, 0.02, 0.5, 0.99])
 def test_truncated_photograph_is_named(tmp_path, keep):
     write_split(tmp_path, "train", 1, size=(200, 300))
@@ -334,3 +117,167 @@ def test_what_is_no_image_or_not_there(tmp_path):
         read_image(tmp_path / "text.jpg")
     with pytest.raises(DataError, match="No such file"):
         read_image(tmp_path / "none.jpg")
+
+
+def repair(error):
+    """Run the Python command that an error recommends."""
+    exec(re.search(r'python -c "([^"]+)"', str(error)).group(1), {})
+
+
+def quadrants():
+    """A photograph of four colors, 30x40, and its classes."""
+    labels = np.repeat(np.repeat(np.uint8([[0, 1], [2, 3]]), 15, axis=0), 20, axis=1)
+    colors = np.uint8([(220, 30, 30), (30, 220, 30), (30, 30, 220), (220, 220, 220)])
+    return colors[labels], labels
+
+
+def assert_shown(image, expected):
+    """Equal but for the borders between the quadrants, which JPEG blurs."""
+    assert image.shape == expected.shape
+    for rows in (np.s_[:13], np.s_[17:]):
+        for columns in (np.s_[:18], np.s_[22:]):
+            found = image[rows, columns].astype(int)
+            np.testing.assert_allclose(found, expected[rows, columns], atol=12)
+
+
+def test_cmyk_becomes_rgb(tmp_path):
+    (tmp_path / "print.jpg").write_bytes(CMYK_JPEG)
+    image = read_image(tmp_path / "print.jpg")
+    np.testing.assert_allclose(image.astype(int), np.full((8, 8, 3), (255, 127, 0)), atol=4)
+    assert headers.parse(CMYK_JPEG) == headers.Header("jpeg", 8, 8, 8, 4)
+
+
+def test_gray_image_and_opaque_alpha_become_rgb(tmp_path):
+    image, _ = quadrants()
+    opaque = np.dstack([image[..., ::-1], np.full((30, 40), 255, np.uint8)])
+    assert cv2.imwrite(str(tmp_path / "opaque.png"), opaque)
+    np.testing.assert_array_equal(read_image(tmp_path / "opaque.png"), image)
+    assert cv2.imwrite(str(tmp_path / "gray.png"), image[..., 0])
+    np.testing.assert_array_equal(read_image(tmp_path / "gray.png"), np.dstack([image[..., 0]] * 3))
+
+
+def test_transparent_image_is_refused_and_the_command_repairs_it(tmp_path):
+    image, labels = quadrants()
+    alpha = np.where(labels == 0, 0, 255).astype(np.uint8)
+    assert cv2.imwrite(str(tmp_path / "cut.png"), np.dstack([image[..., ::-1], alpha]))
+    with pytest.raises(DataError, match=r"cut\.png: 25\.0% of the image is transparent") as caught:
+        read_image(tmp_path / "cut.png")
+    repair(caught.value)
+    np.testing.assert_array_equal(read_image(tmp_path / "cut.png"), image)
+
+
+def test_image_of_16_bits_is_refused_and_the_command_repairs_it(tmp_path):
+    image, _ = quadrants()
+    assert cv2.imwrite(str(tmp_path / "deep.png"), image[..., ::-1].astype(np.uint16) * 257)
+    with pytest.raises(
+        DataError, match=r"deep\.png: an image must have 8 bits per channel, this one has 16"
+    ) as caught:
+        read_image(tmp_path / "deep.png")
+    repair(caught.value)
+    np.testing.assert_array_equal(read_image(tmp_path / "deep.png"), image)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_image_is_turned_as_its_exif_orientation_says(tmp_path, orientation):
+    image, labels = quadrants()
+    path = tmp_path / "images/train/a.jpg"
+    write_turned_photograph(path, image, orientation)
+    write_mask(tmp_path / "annotations/train/a.png", labels)
+    read = open_split(tmp_path)[0]
+    assert_shown(read.image, image)
+    np.testing.assert_array_equal(read.labels, labels)
+    header = headers.parse(path.read_bytes())
+    assert header.orientation == orientation
+    assert header.is_turned_aside == ((header.height, header.width) == (40, 30))
+
+
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_mask_of_the_stored_size_is_refused_and_the_command_turns_it(tmp_path, orientation):
+    image, labels = quadrants()
+    write_turned_photograph(tmp_path / "images/train/a.jpg", image, orientation)
+    stored = cv2.imread(
+        str(tmp_path / "images/train/a.jpg"), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    )[..., ::-1]
+    colors = image[[0, 0, -1, -1], [0, -1, 0, -1]].astype(int)
+    drawn = np.abs(stored[..., None, :] - colors).sum(-1).argmin(-1).astype(np.uint8)
+    write_mask(tmp_path / "annotations/train/a.png", drawn)
+    with pytest.raises(
+        DataError,
+        match=rf"a\.jpg is 30x40 \(height x width; stored as 40x30, turned by its Exif orientation "
+        rf"{orientation}\), .*a\.png is 40x30: the mask was drawn on the image as it is stored",
+    ) as caught:
+        open_split(tmp_path)[0]
+    repair(caught.value)
+    np.testing.assert_array_equal(open_split(tmp_path)[0].labels, labels)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((4, 6, 4), np.uint8), ((4, 6), np.uint16), ((4, 6, 3), np.uint16)]
+)
+def test_the_command_repairs_a_mask_of_another_kind(tmp_path, shape, dtype):
+    path = tmp_path / "mask.png"
+    assert cv2.imwrite(str(path), np.full(shape, 7, dtype))
+    with pytest.raises(DataError, match="makes one of it") as caught:
+        read_mask(path)
+    repair(caught.value)
+    assert (read_mask(path) == 7).all()
+
+
+def test_ids_above_255_are_not_cut_off(tmp_path):
+    assert cv2.imwrite(str(tmp_path / "mask.png"), np.full((4, 6), 1007, np.uint16))
+    with pytest.raises(DataError, match=r"values up to 1007: number the classes within 0\.\.254"):
+        read_mask(tmp_path / "mask.png")
+
+
+def test_mask_that_is_a_jpeg_by_another_name(tmp_path):
+    assert cv2.imwrite(str(tmp_path / "mask.jpg"), np.zeros((4, 6), np.uint8))
+    (tmp_path / "mask.jpg").rename(tmp_path / "mask.png")
+    with pytest.raises(DataError, match=r"mask\.png: .* this file is no PNG, whatever its name"):
+        read_mask(tmp_path / "mask.png")
+
+
+def test_mask_of_ids_in_three_channels(tmp_path):
+    write_photograph(tmp_path / "images/train/a.jpg")
+    path = tmp_path / "annotations/train/a.png"
+    path.parent.mkdir(parents=True)
+    assert cv2.imwrite(str(path), np.full((4, 6, 3), 5, np.uint8))
+    with pytest.raises(DataError, match="three channels are equal") as caught:
+        open_split(tmp_path)[0]
+    repair(caught.value)
+    assert (open_split(tmp_path)[0].labels == 5).all()
+
+
+def test_palette_of_foreign_colors(tmp_path):
+    write_photograph(tmp_path / "images/train/a.jpg")
+    ids = np.full((4, 6), 3, np.uint8)
+    write_palette_mask(tmp_path / "annotations/train/a.png", ids, {3: (1, 2, 3)})
+    with pytest.raises(DataError, match=r"a\.png: .*not its colors but its indexes are the ids"):
+        open_split(tmp_path)[0]
+
+
+@pytest.mark.parametrize("folder", ["images/train/a.jpg", "annotations/train/a.png"])
+def test_symbolic_link_that_leads_nowhere(tmp_path, folder):
+    write_photograph(tmp_path / "images/train/a.jpg")
+    write_mask(tmp_path / "annotations/train/a.png")
+    (tmp_path / folder).unlink()
+    (tmp_path / folder).symlink_to(tmp_path / folder)
+    with pytest.raises(DataError, match=rf"{folder}: Too many levels of symbolic links"):
+        open_split(tmp_path)[0]
+    (tmp_path / folder).unlink()
+    (tmp_path / folder).symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=rf"{folder}: No such file"):
+        open_split(tmp_path)[0]
+
+
+def test_header_of_what_is_damaged_or_foreign(tmp_path):
+    write_turned_photograph(tmp_path / "a.jpg", quadrants()[0], 6)
+    encoded = (tmp_path / "a.jpg").read_bytes()
+    assert headers.parse(encoded).orientation == 6
+    for cut in range(0, 150, 7):
+        assert headers.parse(encoded[:cut]) is None
+    assert headers.parse(b"GIF89a" + bytes(40)) is None
+    assert headers.parse(b"\x89PNG\r\n\x1a\n" + bytes(3)) is None
+    assert headers.parse(b"\xff\xd8" + bytes(100)) is None
+    no_marker = b"\x00\xc0\x00\x11\x08\x00\x10\x00\x10\x03"
+    assert headers.parse(b"\xff\xd8" + no_marker) is None
+    assert headers.parse(b"\xff\xd8\xff" + no_marker[1:]).width == 16

@@ -9,7 +9,8 @@ import pytest
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.config import default_config
 from pspnet_jax.data import transforms
-from pspnet_jax.data.folders import DataError, FolderSource
+from pspnet_jax.data.folders import FolderSource
+from pspnet_jax.data.layouts import DataError
 from pspnet_jax.data.pipeline import evaluation_examples, open_source, training_batches
 
 from pictures import ExampleSource, write_split

@@ -31,7 +31,8 @@ import tensorflow_datasets as tfds
 
 from pspnet_jax.arrays import Example
 from pspnet_jax.catalog import LabelSet
-from pspnet_jax.data.folders import DataError, FolderSource, Pair, decode_example
+from pspnet_jax.data.folders import FolderSource, decode_example
+from pspnet_jax.data.layouts import DataError, Pair
 
 NAME, VERSION = "prepared", "1.0.0"  # the version of what a record holds
 SHARD_BYTES = 256 << 20
@@ -138,6 +139,20 @@ class PreparedSource:
 
     def __getitem__(self, index: int) -> Example:
         index = range(len(self))[index]
+        files, image, mask = self.record(index)
+        try:
+            return decode_example(image, mask, index, files=files, label_set=self._label_set)
+        except DataError as error:
+            raise DataError(
+                f"{error}\n  stored in {self._file(index)}; mend the file and prepare again"
+            ) from None
+
+    def record(self, index: int) -> tuple[Pair, bytes, bytes]:
+        """The names of one example's files, and the contents of its image and of its mask.
+
+        Raises:
+            DataError: where the record file is damaged.
+        """
         try:
             record = self._records[index]
         except RuntimeError as error:  # what the reader of record files makes of any fault
@@ -145,18 +160,8 @@ class PreparedSource:
         if record["index"] != index:
             raise _damaged(self._file(index), f"record {index} says that it is {record['index']}")
         image_file, mask_file = (Path(record[key].decode()) for key in ("image_file", "mask_file"))
-        try:
-            return decode_example(
-                np.frombuffer(record["image"], np.uint8),
-                np.frombuffer(record["mask"], np.uint8),
-                index,
-                files=Pair(record["name"].decode(), image_file, mask_file),
-                label_set=self._label_set,
-            )
-        except DataError as error:
-            raise DataError(
-                f"{error}\n  stored in {self._file(index)}; mend the file and prepare again"
-            ) from None
+        files = Pair(record["name"].decode(), image_file, mask_file)
+        return files, record["image"], record["mask"]
 
     def _file(self, index: int) -> str:
         """The record file that holds an example."""

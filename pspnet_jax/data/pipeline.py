@@ -7,13 +7,9 @@
 * Loader processes never touch an accelerator and end when their parent does.
 """
 
-import os
-import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Protocol, runtime_checkable
 
-import cv2
 import grain
 import jax
 import numpy as np
@@ -21,8 +17,10 @@ from absl import flags
 
 from pspnet_jax.arrays import Batch, Example
 from pspnet_jax.catalog import LabelSet
-from pspnet_jax.data.folders import DataError, FolderSource
+from pspnet_jax.data.folders import FolderSource
+from pspnet_jax.data.layouts import DataError
 from pspnet_jax.data.scenes import Scenes
+from pspnet_jax.data.workers import start_worker
 
 NUM_THREADS = 2
 PREFETCHED_BATCHES = 4
@@ -113,12 +111,4 @@ def _to_batch(examples: Example) -> Batch:
 
 
 def _start_worker(worker_index: int, num_workers: int) -> None:
-    jax.config.update("jax_platforms", "cpu")
-    cv2.setNumThreads(0)
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_with_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+    start_worker()

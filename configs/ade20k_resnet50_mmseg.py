@@ -11,9 +11,9 @@ reproduced here (no data and weights at hand):
     mmsegmentation, 160k steps        42.48         43.44
 
 The recipe is theirs: keep-ratio resize, crops that no class fills, changes of color, weight decay 5e-4, one learning
-rate for all, falling to 1e-4, statistics and batch of 16. The network is the authors' (deep stem 64/64/128, dilation
-from the first block on), with crops of 513 instead of 512 because its sides are 8n + 1; and evaluation is by
-the authors' protocol. resnet50_v2.pth holds the ImageNet weights that the authors distribute
+rate for all, falling to 1e-4, a loss divided by all pixels, batches of 16. The network is the authors' (deep stem
+64/64/128, dilation from the first block on, corners aligned), with crops of 513 instead of 512 because its sides
+are 8n + 1; and evaluation is by the authors' protocol. resnet50_v2.pth holds the ImageNet weights that the authors distribute
 (github.com/hszhao/semseg).
 
 DIR is ADEChallengeData2016.zip of the scene parsing challenge (sceneparsing.csail.mit.edu), unpacked: 20,210
@@ -30,6 +30,8 @@ def get_config():
     config.data.crop_size = (513, 513)
 
     config.augment.recipe = "mmseg"
+
+    config.loss.normalizer = "all"
 
     config.optimizer.weight_decay = 5e-4
     config.optimizer.minimum_learning_rate = 1e-4

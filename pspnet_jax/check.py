@@ -108,7 +108,11 @@ def _survey_split(check: Check, role: str, split: str) -> None:
     data, label_set = check.config.data, check.label_set
     options = {"split": split, "label_set": label_set, "layout": data.layout}
     if data.source == "scenes":
-        source = open_source("scenes", root=data.root, **options)
+        try:
+            source = open_source("scenes", root=data.root, **options)
+        except ValueError as error:
+            check.problems[f"the {role} split '{split}' cannot be painted"] = [str(error)]
+            return
         examples = (source[i] for i in range(min(NUM_PAINTED, len(source))))
         check.surveys[role] = survey(split, map(examine_painted, examples))
         return

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from pspnet_jax.advice import WEIGHTINGS, Suggestion
 from pspnet_jax.arrays import IGNORE_LABEL
 from pspnet_jax.catalog import LabelSet
-from pspnet_jax.data.survey import Survey
+from pspnet_jax.data.survey import RAW_IDS, Survey
 
 _NUM_SHOWN = 5
 _NUM_NAMES = 20
@@ -40,7 +40,7 @@ class Check:
             return {}
         return {
             weighting.name: tuple(
-                round(float(weight), 4) for weight in weighting.weights(training, num_classes)
+                float(f"{weight:.4g}") for weight in weighting.weights(training, num_classes)
             )
             for weighting in WEIGHTINGS
         }
@@ -105,7 +105,7 @@ def _classes(check: Check) -> list[str]:
     """Rows for the classes where raw ids do not say it all; the classes that never occur."""
     names, surveys = check.label_set.names, check.surveys
     lines = []
-    in_colors = any(found.raw_images.max() < found.num_masks for found in surveys.values())
+    in_colors = any(set(found.kinds_of_masks) - {RAW_IDS} for found in surveys.values())
     if in_colors or max(map(len, check.label_set.raw_ids)) > 1:
         rows = []
         for i, name in enumerate(names):

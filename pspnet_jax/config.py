@@ -220,6 +220,13 @@ def validate(config: ConfigDict) -> None:
     augment = config.augment
     if augment.scale_min and augment.scale_max and augment.scale_min > augment.scale_max:
         faults.append("augment.scale_min must not be above augment.scale_max")
+    optimizer = config.optimizer
+    if optimizer.minimum_learning_rate > optimizer.learning_rate:
+        faults.append("optimizer.minimum_learning_rate must not be above optimizer.learning_rate")
+    if optimizer.minimum_learning_rate and optimizer.schedule != "poly":
+        faults.append(
+            f"optimizer.minimum_learning_rate does nothing with schedule={optimizer.schedule}"
+        )
     if config.name is None or not re.fullmatch(r"\w[\w.-]*", config.name):
         faults.append(f"name={config.name!r} must be the name of a folder")
     if faults:
@@ -251,7 +258,7 @@ def scale_to_batch(config: ConfigDict) -> str | None:
         if isinstance(old, float):
             new = old * factor
         elif isinstance(old, tuple):
-            new = tuple(max(round(step * factor), 1) for step in old)
+            new = tuple(sorted({max(round(step * factor), 1) for step in old}))
         else:
             new = max(round(old * factor), 1) if old else 0
         if new != old:

@@ -2,9 +2,9 @@
 
 * Logits are stretched to label size first (the authors' choice), or labels are thinned out to the size of
   the logits (the paper's Caffe code).
-* The mean is taken over the valid pixels of the whole batch given, which under `jax.jit` with a sharded
-  batch is the *global* batch: no average of averages over devices.
-* A batch without a valid pixel has loss 0 and gradient 0, never 0/0.
+* The mean is taken over the valid pixels (or what `LossOptions` says) of the whole batch given, which under
+  `jax.jit` with a sharded batch is the *global* batch: no average of averages over devices.
+* A batch in which no pixel counts has loss 0 and gradient 0, never 0/0.
 * Class weights weigh pixels (divided by the sum of their weights, as PyTorch's NLLLoss) and classes of the
   presence loss (divided by their number, as PyTorch's BCEWithLogitsLoss).
 """
@@ -44,7 +44,8 @@ class LossOptions:
             mining; Shrivastava et al. 2016); None: all.
         ohem_share_min: at least this share of the valid pixels of the batch counts, the hardest ones.
         normalizer: 'valid' divides by the (weighted) pixels that count, 'all' by all pixels of the batch.
-        resolution: 'full' stretches logits to label size; 'eighth' thins labels out to that of the logits.
+        resolution: 'full' stretches logits to label size; 'eighth' thins labels out to that of the logits,
+            which is an eighth at the published output stride.
     """
 
     aux_weight: float = 0.4
@@ -89,7 +90,7 @@ def cross_entropy(
             the pixels of that, so that the losses of all parts add up.
 
     Returns:
-        A scalar in nats; 0 where every pixel is ignored.
+        A scalar in nats; 0 where no pixel counts.
     """
     # A comparison instead of a gather: its gradient is elementwise, where a gather's is a scatter.
     is_label = _is_label(labels, logits.shape[-1])
@@ -111,7 +112,7 @@ def cross_entropy(
         count = jnp.sum(weights)
     else:
         count = jnp.sum(_pixel_weights(of_batch, options, logits))
-    return jnp.sum(terms) / jnp.where(count > 0, count, 1)
+    return jnp.where(count > 0, jnp.sum(terms) / jnp.where(count > 0, count, 1), 0)
 
 
 def thin_out(labels: AnyLabels, size: tuple[int, int], *, align_corners: bool) -> AnyLabels:
@@ -167,7 +168,7 @@ def segmentation_loss(
         of_batch: see `cross_entropy`.
 
     Returns:
-        `Losses`, scalars in nats per pixel or per (image, class); 0 for a part that is left out.
+        `Losses`, scalars in nats per pixel that counts or per (image, class); 0 for a part that is left out.
     """
     whole = labels if of_batch is None else of_batch
 

@@ -19,7 +19,8 @@ from ml_collections import config_flags
 
 from pspnet_jax.config import option_names
 
-# Of a config, where a verb does not use all of it.
+# Of a config, where a verb does not use all of it. `check` takes any option, so that the command of a
+# training can be checked as it stands.
 _USED_OPTIONS = {
     "evaluate": (
         "--config.data.",

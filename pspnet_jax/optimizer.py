@@ -91,10 +91,13 @@ def adam(
 
 
 def _decay(weight_decay: float, decay_vectors: bool) -> optax.GradientTransformation:
-    def is_kernel(params: optax.Params) -> optax.Params:
-        return jax.tree.map(lambda x: x.ndim > 1, params)
+    # Without a state in either case, so that a run may go on with the other one.
+    def add(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
+        return jax.tree.map(
+            lambda g, p: g + weight_decay * p if decay_vectors or p.ndim > 1 else g, updates, params
+        )
 
-    return optax.add_decayed_weights(weight_decay, mask=None if decay_vectors else is_kernel)
+    return optax.stateless(add)
 
 
 def _warmed_up(schedule: Schedule, warmup_steps: int) -> Schedule:

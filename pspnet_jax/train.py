@@ -287,8 +287,8 @@ class Run:
         num_parts, batch = self.config.train.accumulate_steps, self.config.train.global_batch_size
         if num_parts > 1:
             log.info(
-                "%d parts of %d images go through one after the other; loss and gradients are those of the "
-                "whole batch, batch statistics are those of a part",
+                "%d parts of %d images go through one after the other; the loss is divided by the pixels of "
+                "the whole batch, batch statistics are those of a part",
                 num_parts,
                 batch // num_parts,
             )
@@ -299,10 +299,12 @@ class Run:
         text = config_module.to_json(self.config)
         if path.exists():
             old, new = (flatten(json.loads(t)) for t in (path.read_text(), text))
+            # An option that did not exist then has its default now, or is new to this command.
+            before = flatten(config_module.default_config().to_dict()) | old
             changed = [
-                f"{name}: {old.get(name)} -> {new[name]}"
+                f"{name}: {before[name]} -> {new[name]}"
                 for name in new
-                if old.get(name) != new[name] and name != "init_from"  # read at step 0 only
+                if before[name] != new[name] and name != "init_from"  # read at step 0 only
             ]
             if changed:
                 log.warning("going on with changed options:\n  %s", "\n  ".join(changed))
@@ -407,6 +409,11 @@ def _loss_options(config: ConfigDict, label_set: LabelSet) -> LossOptions:
         raise ValueError(
             f"loss.class_weights has {len(weights)} factors, label set '{label_set.name}' has "
             f"{label_set.num_classes} classes"
+        )
+    if options.resolution == "eighth" and config.model.head == "progressive":
+        raise ValueError(
+            "loss.resolution=eighth takes labels at the size of the logits, and model.head=progressive gives "
+            "logits of image size: leave it out"
         )
     if options.ohem_threshold is not None and num_parts > 1:
         raise ValueError(

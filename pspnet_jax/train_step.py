@@ -82,9 +82,9 @@ def make_train_step(
         model: gives the structure; its values are not used.
         schedule: step -> learning rate, for the metrics (the optimizer has its own).
         loss: what is minimized.
-        accumulate_steps: parts of the batch that go through one after the other, for less memory. Loss and
-            gradients are those of the whole batch; each part has its own batch statistics, and moves the
-            running ones.
+        accumulate_steps: parts of the batch that go through one after the other, for less memory. Losses are
+            divided by the pixels of the whole batch; each part has its own batch statistics, and moves the
+            running ones. Without those and dropout the gradients are those of one pass.
         seed: of dropout.
 
     Returns:
@@ -173,7 +173,7 @@ def _parts(x: jax.Array, count: int) -> jax.Array:
 
 
 def _loss_metrics(losses: Losses, outputs: Outputs, labels: Labels, *, share: float) -> Metrics:
-    """Nats per valid pixel of the global batch; of presence, per image and class, and a share of 0..1.
+    """Nats per pixel of the global batch that counts; of presence, per image and class, and a share of 0..1.
 
     Args:
         share: of these images in the batch; the metrics of its parts add up.

@@ -71,11 +71,15 @@ def write_palette_mask(path, ids, colors):
     """A PNG with a palette, as PASCAL VOC's, from the PNG specification: OpenCV writes none."""
     palette = np.zeros((256, 3), np.uint8)
     palette[list(colors)] = list(colors.values())
-    rows = b"".join(b"\0" + row.tobytes() for row in ids)
-    header = struct.pack(">IIBBBBB", ids.shape[1], ids.shape[0], 8, 3, 0, 0, 0)
+    write_png(path, ids, color_type=3, between={b"PLTE": palette.tobytes()})
+
+
+def write_png(path, values, *, color_type, between):
+    """A PNG of one 8-bit channel with further chunks in front of its pixels."""
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
     chunks = {
-        b"IHDR": header,
-        b"PLTE": palette.tobytes(),
+        b"IHDR": struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 8, color_type, 0, 0, 0),
+        **between,
         b"IDAT": zlib.compress(rows),
         b"IEND": b"",
     }

@@ -228,6 +228,29 @@ def test_painted_scenes_are_a_sample(capsys):
     assert found.surveys["training"].class_pixels[:12].all()
 
 
+def test_a_split_that_scenes_does_not_have_is_a_problem():
+    found = check.run(config_of(None, source="scenes", labels="scenes", train_split="training"))
+    (problem,) = found.problems["the training split 'training' cannot be painted"]
+    assert "must be 'train' or 'val'" in problem
+    assert found.surveys["validation"].num_images == 64
+
+
+def test_masks_of_one_class_each_are_not_taken_for_pictures(tmp_path):
+    for split in ("train", "val"):
+        write_masks(tmp_path, split, [np.full((9, 9), i, np.uint8) for i in (1, 2)])
+    found = check.run(config_of(tmp_path))
+    text = check_report.text(found)
+    assert "  raw id  class" in text
+    assert "   class  class" not in text
+
+
+def test_weights_of_frequent_classes_are_not_rounded_to_nothing(tmp_path):
+    found = check.run(config_of(None, source="scenes", labels="scenes"))
+    found.surveys["training"].class_pixels[:12] = [10**9] + [30_000] * 11
+    for weights in found.class_weights().values():
+        assert min(weights) > 0
+
+
 def test_prepared_data_are_checked_as_their_folder(tmp_path):
     good_data(tmp_path / "data")
     image, mask = (tmp_path / f"data/{kind}/train/001.png" for kind in ("images", "annotations"))

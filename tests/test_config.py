@@ -66,3 +66,16 @@ def test_json_round_trip_keeps_tuples_and_unset_options():
     assert again.model.pyramid_bins == ()
     assert again.data.crop_size == (33, 41)
     assert again.model.stem is None
+
+
+def test_a_minimum_that_cannot_be_is_refused():
+    config = default_config()
+    config.name = "run"
+    config.optimizer.minimum_learning_rate = 1.0
+    with pytest.raises(ValueError, match="minimum_learning_rate must not be above"):
+        validate(config)
+    config.optimizer.minimum_learning_rate = 1e-4
+    validate(config)
+    config.optimizer.schedule = "multistep"
+    with pytest.raises(ValueError, match="does nothing with schedule=multistep"):
+        validate(config)

@@ -119,3 +119,15 @@ def test_docstring_says_what_to_expect_and_on_what(path):
             "not reproduced here" in text or "not trained here" in text or "nothing is pub" in text
         )
         assert "GPU" in text or "RTX" in text
+
+
+def test_the_recipe_of_mmsegmentation():
+    config = read(CONFIGS[0].parent / "ade20k_resnet50_mmseg.py")
+    optimizer = config.optimizer
+    assert (optimizer.learning_rate, optimizer.minimum_learning_rate) == (0.01, 1e-4)
+    assert (optimizer.weight_decay, optimizer.momentum, optimizer.power) == (5e-4, 0.9, 0.9)
+    assert (optimizer.head_multiplier, config.train.global_batch_size) == (1.0, 16)
+    assert (config.train.num_steps, config.loss.normalizer) == (80_000, "all")
+    augment = transforms.resolve(config.augment.to_dict())
+    assert augment["base_size"] == (2048, 512)
+    assert augment["class_share_max"] == 0.75

@@ -16,6 +16,7 @@ from pictures import (
     write_mask,
     write_palette_mask,
     write_photograph,
+    write_png,
     write_split,
     write_turned_photograph,
     write_voc,
@@ -164,6 +165,18 @@ def test_transparent_image_is_refused_and_the_command_repairs_it(tmp_path):
         read_image(tmp_path / "cut.png")
     repair(caught.value)
     np.testing.assert_array_equal(read_image(tmp_path / "cut.png"), image)
+
+
+def test_gray_image_with_a_transparent_value_is_refused_and_the_command_repairs_it(tmp_path):
+    image, _ = quadrants()
+    path = tmp_path / "stamp.png"
+    write_png(path, image[..., 0], color_type=0, between={b"tRNS": b"\x00\x05"})
+    with pytest.raises(
+        DataError, match=r"stamp\.png: one gray value of the image is transp"
+    ) as caught:
+        read_image(path)
+    repair(caught.value)
+    np.testing.assert_array_equal(read_image(path), np.dstack([image[..., 0]] * 3))
 
 
 def test_image_of_16_bits_is_refused_and_the_command_repairs_it(tmp_path):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pspnet_jax import parallel
 from pspnet_jax.arrays import IGNORE_LABEL, Outputs
 from pspnet_jax.losses import (
     LossOptions,
@@ -195,12 +196,33 @@ def test_only_the_hardest_pixels_count(threshold, share_min):
     assert not touched[np.asarray(labels) == IGNORE_LABEL].any()
 
 
+def test_the_hardest_pixels_are_those_of_the_whole_batch_on_any_number_of_devices():
+    rng = np.random.default_rng(2)
+    logits = jnp.asarray(rng.standard_normal((8, 5, 5, 4)), jnp.float32)
+    labels = jnp.asarray(rng.integers(0, 4, (8, 5, 5)), jnp.uint8).at[3].set(IGNORE_LABEL)
+    options = LossOptions(ohem_threshold=0.05, ohem_share_min=0.2)
+    split = parallel.split_batch(parallel.make_mesh())
+    on_eight = jax.jit(lambda x, y: cross_entropy(x, y, options), in_shardings=(split, split))
+    expected = float(cross_entropy(logits, labels, options))
+    assert float(on_eight(logits, labels)) == pytest.approx(expected, rel=1e-6)
+
+
 def test_nothing_but_void_is_zero_under_every_option():
     logits, _ = logits_and_labels()
     labels = jnp.full((2, 5, 5), IGNORE_LABEL, jnp.uint8)
     options = LossOptions(
         ohem_threshold=0.7, label_smoothing=0.1, class_weights=(1.0, 2.0, 3.0, 4.0)
     )
+    loss, gradient = jax.value_and_grad(cross_entropy)(logits, labels, options)
+    assert float(loss) == 0
+    assert not np.asarray(gradient).any()
+
+
+def test_where_only_weightless_classes_are_seen_nothing_is_lost():
+    """Label smoothing would leave terms and nothing to divide them by."""
+    logits, labels = logits_and_labels()
+    labels = jnp.zeros_like(labels)
+    options = LossOptions(class_weights=(0.0, 1.0, 1.0, 1.0), label_smoothing=0.1)
     loss, gradient = jax.value_and_grad(cross_entropy)(logits, labels, options)
     assert float(loss) == 0
     assert not np.asarray(gradient).any()

@@ -1,6 +1,7 @@
 """A run as a whole: files, resuming bit for bit, and faults that lose nothing."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from pspnet_jax import load
 from pspnet_jax import train as train_module
 from pspnet_jax.checkpoint import CheckpointFolder, CorruptCheckpointError
-from pspnet_jax.config import from_json, to_json
+from pspnet_jax.config import from_json, scale_to_batch, to_json, validate
 from pspnet_jax.train import compose, train
 
 from pictures import write_split
@@ -313,4 +314,34 @@ def test_accumulation_says_what_it_does_not_accumulate(data, tmp_path):
     with pytest.raises(
         ValueError, match=r"ohem_threshold=0.7 chooses the hardest pixels of a whole"
     ):
+        compose(config, tmp_path)
+
+
+def test_milestones_that_meet_become_one(data):
+    config = tiny(data, train__recipe_batch_size=2, optimizer__milestones=(2, 3, 4, 40))
+    scale_to_batch(config)
+    assert config.optimizer.milestones == (1, 10)
+    validate(config)
+
+
+def test_going_on_with_other_weight_decay_and_an_older_config(finished, data, tmp_path):
+    """The optimizer's state does not depend on it; options that did not exist are not reported."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    stored = json.loads((workdir / "config.json").read_text())
+    for section, name in (("loss", "label_smoothing"), ("train", "accumulate_steps")):
+        del stored[section][name]
+    (workdir / "config.json").write_text(json.dumps(stored))
+    config = tiny(data, train__num_steps=7, optimizer__decay_norm_and_bias=False)
+    train(config, workdir)
+    assert rows(workdir)[-1]["step"] == 7
+    text = (workdir / "log.txt").read_text()
+    assert "optimizer.decay_norm_and_bias: True -> False" in text
+    assert "label_smoothing" not in text
+    assert "accumulate_steps" not in text
+
+
+def test_labels_of_an_eighth_need_logits_of_an_eighth(data, tmp_path):
+    config = tiny(data, loss__resolution="eighth", model__family="lextal", data__crop_size=(32, 32))
+    with pytest.raises(ValueError, match="progressive gives logits of image size"):
         compose(config, tmp_path)

@@ -79,7 +79,7 @@ def test_options_that_would_do_nothing_are_refused():
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
-@pytest.mark.parametrize("size", [(20, 30), (100, 120), (33, 200)])
+@pytest.mark.parametrize("size", [(20, 30), (100, 120), (33, 200), (2, 3000)])
 def test_crop_has_its_size_whatever_the_image(name, size):
     overrides = {"base_size": (160, 60)} if name == "mmseg" else {}
     view = make_view((41, 33), name, **overrides)
@@ -214,7 +214,7 @@ def draws_of_the_variant(seed):
     aspects = rng.uniform(3 / 4, 4 / 3, NUM_TRIES)
     turned = rng.random(NUM_TRIES) < 0.5
     offset = rng.random(2)
-    degrees = np.floor(rng.uniform(-10, 10))
+    degrees = rng.integers(-10, 10)
     for i in range(NUM_TRIES):
         width = round((areas[i] * 130 * 150 * aspects[i]) ** 0.5)
         height = round((areas[i] * 130 * 150 / aspects[i]) ** 0.5)
@@ -270,12 +270,26 @@ def test_the_variant_turns_by_whole_degrees_and_leaves_void():
     assert angles == set(range(-10, 10))
 
 
+@pytest.mark.parametrize(
+    ("limit", "expected"), [(0.0, {0}), (0.5, {0}), (2.0, {-2, -1, 0, 1}), (1.5, {-1, 0, 1})]
+)
+def test_the_variant_stays_within_its_degrees(limit, expected):
+    planner = make_view((64, 64), "lextal", rotation_degrees=limit, flip_probability=0.0).planner
+    labels, found = np.zeros((64, 64), np.uint8), set()
+    for seed in range(60):
+        linear = planner.plan(labels, (64, 64), np.random.default_rng(seed)).to_image
+        found.add(round(np.degrees(np.arctan2(linear[1, 0] / linear[1, 1], 1))))
+    assert found == expected
+
+
 def test_mmseg_fits_into_long_and_short_side():
     """Sizes by mmcv's rule: the smaller of the two factors, rounded half up."""
     assert fitted_size((512, 683), (2048, 512), 1.0) == (512, 683)
     assert fitted_size((1024, 2048), (2048, 1024), 0.5) == (512, 1024)
     assert fitted_size((100, 1000), (2048, 512), 1.0) == (205, 2048)
     assert fitted_size((300, 200), (2048, 512), 0.75) == (576, 384)
+    assert fitted_size((300, 200), (512, 2048), 0.75) == (576, 384)
+    assert fitted_size((2, 5000), (2048, 512), 0.5) == (1, 1024)
 
 
 def test_draws_of_the_mmseg_recipe():

@@ -113,11 +113,11 @@ def decode_image(path: Path | str, encoded: bytes) -> RawImage:
         )
     if header is not None and header.has_alpha:
         stored = _decode(path, encoded, cv2.IMREAD_UNCHANGED)
-        opacity = (
-            stored[..., 3]
-            if stored.ndim == 3 and stored.shape[2] == 4
-            else np.array([255], np.uint8)
-        )
+        if stored.ndim == 2:  # OpenCV forgets which gray value is the transparent one
+            raise DataError(
+                f"{path}: one gray value of the image is transparent; this keeps it as a color: {repair}"
+            )
+        opacity = stored[..., 3] if stored.shape[2] == 4 else np.array([255], np.uint8)
         if opacity.min() < 255:
             raise DataError(
                 f"{path}: {np.mean(opacity < 255):.1%} of the image is transparent; this keeps the "

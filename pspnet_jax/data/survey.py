@@ -32,6 +32,7 @@ Counts = Int64[np.ndarray, "256"]
 UNREADABLE_IMAGE = "images that cannot be used"
 UNREADABLE_MASK = "masks that cannot be used"
 SIZES_DIFFER = "images and masks of different size"
+RAW_IDS = "raw ids in one channel"
 OUT_OF_RANGE = "masks with values or colors that the label set does not list"
 
 _FEWEST_FOR_PROCESSES = 64  # below that, starting processes takes longer than reading
@@ -207,7 +208,7 @@ def _histogram(values: LabelMap) -> Counts:
 def _count(finding: Finding, mask: np.ndarray, header: headers.Header | None) -> Finding:
     """Adds the kind of the mask and, where it has one channel, its pixels by raw id."""
     if mask.ndim == 2:
-        return finding._replace(kind_of_mask="raw ids in one channel", raw_counts=_histogram(mask))
+        return finding._replace(kind_of_mask=RAW_IDS, raw_counts=_histogram(mask))
     has_palette = header is not None and header.has_palette
     kind = "a palette, read by its colors" if has_palette else "pictures, read by their colors"
     return finding._replace(kind_of_mask=kind)

@@ -100,7 +100,8 @@ class StretchedWindow:
         aspects = rng.uniform(1 / self.aspect_max, self.aspect_max, NUM_TRIES)
         aspects = np.where(rng.random(NUM_TRIES) < 0.5, 1 / aspects, aspects)
         offset = rng.random(2)
-        degrees = np.floor(rng.uniform(-self.rotation_degrees, self.rotation_degrees))
+        lowest, end = np.ceil((-self.rotation_degrees, self.rotation_degrees))
+        degrees = float(rng.integers(lowest, max(end, lowest + 1)))
         rotates, flips = rng.random(2) < (self.rotation_probability, self.flip_probability)
 
         image_size = (labels.shape[0], labels.shape[1])
@@ -124,7 +125,7 @@ class RatioCrop:
     """Keep-ratio resize, a crop that no class fills, flip and changes of color, as in mmsegmentation.
 
     Args:
-        base_size: (long, short) side in pixels into which an image is fit at scale 1.
+        base_size: long and short side in pixels into which an image is fit at scale 1.
         scale_min, scale_max: range of the factor of both.
         class_share_max: of eleven crops the first is taken in which no class has this share of the labeled
             pixels, or more; else the last. 1: any.
@@ -192,9 +193,9 @@ class RandomView:
 
 def fitted_size(size: Size, base_size: tuple[int, int], scale: float) -> Size:
     """(height, width) with the aspect of `size` that fits (long, short) sides of `base_size` times `scale`."""
-    long, short = (int(side * scale) for side in base_size)
+    long, short = int(max(base_size) * scale), int(min(base_size) * scale)
     factor = min(long / max(size), short / min(size))
-    return int(size[0] * factor + 0.5), int(size[1] * factor + 0.5)
+    return max(int(size[0] * factor + 0.5), 1), max(int(size[1] * factor + 0.5), 1)
 
 
 def is_varied(labels: UInt8[np.ndarray, "height width"], share_max: float) -> bool:

@@ -94,7 +94,7 @@ def suspicions(label_set: LabelSet, survey: Survey) -> list[str]:
     num_masks, name = survey.num_masks, label_set.name
     split = f"split '{survey.split}'"
     sentences = []
-    if name == "ade20k" and IGNORE_LABEL in found:
+    if name == "ade20k" and IGNORE_LABEL in found and classes - {0}:  # 0 and 255 alone are binary
         sentences.append(
             f"{split}: 255 occurs in {images[255]} of {num_masks} masks, and in none of the official masks of "
             "ADE20K (0 is void there): these look converted to 0..149, so that wall would become void and each "

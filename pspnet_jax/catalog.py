@@ -31,7 +31,7 @@ COLUMNS = ("id", "name", "red", "green", "blue", "raw_ids")
 MAX_CLASSES = 254
 TWO_CLASSES = (
     "255 is void unless a class lists it: masks of two classes, 0 and 255, want a CSV as data.labels with "
-    f"the lines '{','.join(COLUMNS)}', '0,background,0,0,0,0' and '1,object,255,255,255,255'"
+    f"the lines '{','.join(COLUMNS)}', '0,background,0,0,0,0' and '1,object,220,20,60,255'"
 )
 _UNMAPPED = 254  # inside the look-up table only; train ids never reach it
 

@@ -124,7 +124,9 @@ def progress_line(
     step: int, num_steps: int, scalars: Mapping[str, float], timing: Mapping[str, float]
 ) -> str:
     """Step, losses, learning rate, images per second and time left, for people."""
-    parts = f"main {scalars['main_loss']:.4f}, aux {scalars['aux_loss']:.4f}"
+    parts = f"main {scalars['main_loss']:.4f}"
+    if "aux_loss" in scalars:
+        parts += f", aux {scalars['aux_loss']:.4f}"
     if "presence_loss" in scalars:
         parts += f", presence {scalars['presence_loss']:.4f}"
         parts += f" with accuracy {scalars['presence_accuracy']:.3f}"

@@ -37,9 +37,10 @@ def check_batch_size(batch_size: int, mesh: Mesh, *, accumulate_steps: int = 1) 
     if batch_size % unit:
         below = batch_size // unit * unit
         nearest = [str(size) for size in (below, below + unit) if size > 0]
+        devices = f"the {mesh.size} devices" if mesh.size > 1 else "1 device"
         parts = f" times train.accumulate_steps={accumulate_steps}" if accumulate_steps > 1 else ""
         raise ValueError(
-            f"global_batch_size={batch_size} must be a multiple of the {mesh.size} devices{parts} "
+            f"global_batch_size={batch_size} must be a multiple of {devices}{parts} "
             f"(nearest: {', '.join(nearest)})"
         )
 

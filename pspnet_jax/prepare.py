@@ -42,5 +42,9 @@ def run(config: ConfigDict, *, output: str) -> Path:
     folder = builders.prepare(
         data.root, splits, Path(output), layout=data.layout, label_set=label_set
     )
-    log.info("read it with --config.data.source=prepared --config.data.root=%s", output)
+    log.info(
+        "read it with the same layout, labels and splits and --config.data.source=prepared "
+        "--config.data.root=%s",
+        output,
+    )
     return folder

@@ -9,7 +9,8 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,9 +83,13 @@ def train(config: ConfigDict, workdir: Path) -> Path:
     run.write_config()
     run.announce()
     num_steps = run.config.train.num_steps
-    with run.checkpoints, run.logging(first_step=int(state.step)) as progress:
-        batches = run.batches(first_step=int(state.step))
-        for step in range(int(state.step) + 1, num_steps + 1):
+    first_step = int(state.step)
+    with (
+        run.checkpoints,
+        run.logging(first_step=first_step) as progress,
+        closing(run.batches(first_step=first_step)) as batches,
+    ):
+        for step in range(first_step + 1, num_steps + 1):
             batch = parallel.shard_batch(next(batches), run.mesh)
             state, metrics = run.train_step(state, batch)
             progress.log(step, metrics)
@@ -111,7 +116,7 @@ class Run:
     train_step: TrainStep
     checkpoints: CheckpointFolder
 
-    def batches(self, *, first_step: int) -> Iterator[Batch]:
+    def batches(self, *, first_step: int) -> Generator[Batch, None, None]:
         return training_batches(
             self.source,
             self.augment,

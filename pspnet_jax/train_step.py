@@ -178,7 +178,9 @@ def _loss_metrics(losses: Losses, outputs: Outputs, labels: Labels, *, share: fl
     Args:
         share: of these images in the batch; the metrics of its parts add up.
     """
-    metrics = {"loss": losses.total, "main_loss": losses.main, "aux_loss": losses.aux}
+    metrics = {"loss": losses.total, "main_loss": losses.main}
+    if outputs.aux_logits is not None:
+        metrics["aux_loss"] = losses.aux
     if outputs.presence_logits is not None:
         metrics["presence_loss"] = losses.presence
         metrics["presence_accuracy"] = share * presence_accuracy(outputs.presence_logits, labels)

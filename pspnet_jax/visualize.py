@@ -101,7 +101,8 @@ def _legend(
     for i, line in enumerate(lines):
         for class_id, left in line:
             top = i * _LINE + 8
-            canvas[top : top + 12, left : left + 14] = palette[class_id]
+            canvas[top : top + 12, left : left + 14] = _TEXT_COLOR  # a frame: classes may be white
+            canvas[top + 1 : top + 11, left + 1 : left + 13] = palette[class_id]
             _write(canvas, names[class_id], (left + 19, top + 11))
     return canvas
 

@@ -146,7 +146,7 @@ LABEL_TRAIN_IDS = [[0, 2, 10, 13, 255]] * 8
         ("cityscapes", LABEL_IDS, None),
         ("cityscapes", LABEL_TRAIN_IDS, "labels=cityscapes_train_ids"),
         ("cityscapes_train_ids", LABEL_TRAIN_IDS, None),
-        ("camvid", [[0, 255]], "'1,object,255,255,255,255'"),
+        ("camvid", [[0, 255]], "'1,object,220,20,60,255'"),
         ("camvid", [[0, 1, 255]], None),
     ],
 )

@@ -151,14 +151,14 @@ def test_csv_of_a_spreadsheet_may_start_with_a_byte_order_mark(tmp_path):
 
 def test_a_class_may_list_255(tmp_path):
     path = tmp_path / "binary.csv"
-    path.write_text(HEADER + "0,background,0,0,0,0\n1,object,255,255,255,255\n")
+    path.write_text(HEADER + "0,background,0,0,0,0\n1,object,220,20,60,255\n")
     mask = np.array([[0, 255]], np.uint8)
     np.testing.assert_array_equal(load_label_set(str(path)).from_raw(mask), [[0, 1]])
 
 
 def test_values_beside_255_suggest_how_a_class_lists_it(tmp_path):
     camvid = load_label_set("camvid")
-    with pytest.raises(ValueError, match=r"'1,object,255,255,255,255'"):
+    with pytest.raises(ValueError, match=r"'1,object,220,20,60,255'"):
         camvid.from_raw(np.array([[0, 128, 255]], np.uint8))
     with pytest.raises(ValueError, match=r"is data\.labels the right one\?$"):
         camvid.from_raw(np.array([[0, 128]], np.uint8))

@@ -358,7 +358,7 @@ def test_first_look_warns_of_what_looks_legal(tmp_path, caplog, monkeypatch):
     write_masks(tmp_path, "train", [np.uint8([[0, 255]])])
     source = FolderSource(str(tmp_path), layout="camvid", split="train", label_set=CAMVID)
     check.first_look(source, CAMVID, split="train")
-    assert "'1,object,255,255,255,255'" in caplog.text
+    assert "'1,object,220,20,60,255'" in caplog.text
 
 
 def test_first_look_leaves_other_sources_alone():

@@ -66,7 +66,7 @@ def test_two_images_of_one_name(tmp_path):
     write_split(tmp_path, "train", 2)
     folder = tmp_path / "images/train"
     (folder / "train_0000.png").write_bytes((folder / "train_0000.jpg").read_bytes())
-    with pytest.raises(DataError, match="share the names train_0000"):
+    with pytest.raises(DataError, match=r"share the name 'train_0000': remove one"):
         open_split(tmp_path)
 
 

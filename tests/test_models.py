@@ -495,7 +495,9 @@ def test_heads_are_everything_but_the_backbone():
 
 
 def test_size_rule_names_the_nearest_sizes():
-    with pytest.raises(ValueError, match=r"480 .* must be 8k \+ 1 \(nearest: 473, 481\)"):
+    with pytest.raises(
+        ValueError, match=r"480 .* must be 8k \+ 1, with a whole k \(nearest: 473, 481\)"
+    ):
         network()(jnp.zeros((1, 480, 473, 3)))
     padded = [FAMILIES["semseg"].padded(side) for side in (1, 2, 9, 10, 473, 474, 480)]
     assert padded == [1, 9, 9, 17, 473, 481, 481]

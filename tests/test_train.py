@@ -253,7 +253,7 @@ def test_changed_options_are_said(finished, data, tmp_path):
     [
         (
             {"data__crop_size": (480, 473)},
-            r"crop_size.* 480 .* must be 8k \+ 1 \(nearest: 473, 481\)",
+            r"crop_size.* 480 .* must be 8k \+ 1, with a whole k \(nearest: 473, 481\)",
         ),
         ({"train__global_batch_size": 12}, "multiple of the 8 devices"),
         ({"optimizer__momentum": 1.0}, "optimizer.momentum=1.0 must be within"),

@@ -10,7 +10,6 @@
 import os
 from collections import Counter
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -139,7 +138,7 @@ def list_split(root: str | None, *, layout: str, split: str, label_set: LabelSet
         label_set: of Cityscapes' two kinds of masks it says which.
 
     Raises:
-        DataError: for a missing folder or list, several files of one name, no images at all.
+        DataError: for a missing folder or list, no images at all.
     """
     row = LAYOUTS[layout]
     try:
@@ -161,8 +160,8 @@ def _pairs_of_folders(root: str | None, layout: Layout, split: str, label_set: L
     # Masks of one's own classes for Cityscapes are read from the ids that the data set comes with.
     encoding = _ENCODINGS.get(label_set.name, _ENCODINGS["cityscapes"])
     image_pattern, mask_pattern = (pattern.format(encoding=encoding) for pattern in layout.files)
-    images = _files(image_folder, image_pattern, IMAGE_SUFFIXES)
-    masks = _files(mask_folder, mask_pattern, MASK_SUFFIXES)
+    images, shared = _files(image_folder, image_pattern, IMAGE_SUFFIXES)
+    masks, shared_masks = _files(mask_folder, mask_pattern, MASK_SUFFIXES)
     if not images:
         expected = ", ".join(image_pattern + suffix for suffix in IMAGE_SUFFIXES)
         raise DataError(f"{image_folder} holds no {expected} files: zero images")
@@ -170,7 +169,8 @@ def _pairs_of_folders(root: str | None, layout: Layout, split: str, label_set: L
         images, masks, image_folder / image_pattern, mask_folder / mask_pattern
     )
     names = sorted(set(images) & set(masks))
-    return Listing([Pair(name, images[name], masks[name]) for name in names], faults)
+    pairs = [Pair(name, images[name], masks[name]) for name in names]
+    return Listing(pairs, [*shared, *shared_masks, *faults])
 
 
 def _find_folders(root: str | None, layout: Layout, split: str) -> tuple[Path, Path]:
@@ -209,14 +209,21 @@ def _listing(root: str | None) -> str:
     return ", ".join(f"{entry}/" for entry in entries[:12]) or "no folders in it"
 
 
-def _files(folder: Path, pattern: str, suffixes: tuple[str, ...]) -> dict[str, Path]:
-    """What the last * of the pattern stands for -> file."""
+def _files(
+    folder: Path, pattern: str, suffixes: tuple[str, ...]
+) -> tuple[dict[str, Path], list[str]]:
+    """What the last * of the pattern stands for -> file, and a fault for each name of several files."""
     files = [p for p in sorted(folder.glob(f"{pattern}.*")) if p.suffix.lower() in suffixes]
     names = [path.stem.removesuffix(pattern.rpartition("*")[2]) for path in files]
-    twice = sorted({a for a, b in pairwise(sorted(names)) if a == b})
-    if twice:
-        raise DataError(f"{folder}: several files share the names {_shown(twice)}")
-    return dict(zip(names, files, strict=True))
+    first: dict[str, Path] = {}
+    faults = []
+    for name, file in zip(names, files, strict=True):
+        if name in first:
+            faults.append(
+                f"{first[name]} and {file.name} share the name '{name}': remove one of them"
+            )
+        first.setdefault(name, file)
+    return first, faults
 
 
 def _faults_of_pairing(

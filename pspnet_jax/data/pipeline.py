@@ -7,7 +7,7 @@
 * Loader processes never touch an accelerator and end when their parent does.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Protocol, runtime_checkable
 
 import grain
@@ -66,7 +66,7 @@ def training_batches(
     seed: int,
     first_step: int,
     num_workers: int,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """This process's part of every global batch from `first_step` on, without end.
 
     Args:
@@ -99,7 +99,15 @@ def training_batches(
             grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2),
             worker_init_fn=_start_worker,
         )
-    return map(_to_batch, batches)
+    return _closing(iter(batches))
+
+
+def _closing(batches: grain.DatasetIterator) -> Generator[Batch, None, None]:
+    """The batches; what was read ahead is given back when nobody asks any more."""
+    try:
+        yield from map(_to_batch, batches)
+    finally:
+        batches.close()
 
 
 def evaluation_examples(source: Source) -> Iterator[Example]:

@@ -56,6 +56,9 @@ def in_order(
 
 def start_worker() -> None:
     """What a loader process does first."""
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the parent, which ends its workers
     jax.config.update("jax_platforms", "cpu")
     cv2.setNumThreads(0)
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()

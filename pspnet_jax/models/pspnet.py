@@ -353,7 +353,8 @@ def check_size(size: tuple[int, int], family: Family) -> None:
     wrong = [side for side in size if family.padded(side) != side]
     if wrong:
         above = family.padded(wrong[0])
-        rule = f"{family.size_multiple}k + {family.size_remainder}"
+        remainder = f" + {family.size_remainder}" if family.size_remainder else ""
+        rule = f"{family.size_multiple}k{remainder}, with a whole k"
         raise ValueError(
             f"a side of {wrong[0]} pixels in (height, width) = {size} must be {rule} "
             f"(nearest: {above - family.size_multiple}, {above})"

@@ -51,9 +51,8 @@ def default_config() -> ConfigDict:
 
     model = config.model = ConfigDict()
     model.family = "semseg"  # semseg | lextal
-    model.backbone = (
-        "resnet50"  # resnet10 | 18 | 34 | 50 | 101 | 152 | 269, densenet121, squeezenet
-    )
+    # resnet10 | 18 | 34 | 50 | 101 | 152 | 269, densenet121, squeezenet
+    model.backbone = "resnet50"
     model.width = 64  # planes of the first stage; all other channels scale with it
     model.stem = placeholder(str)  # deep | 7x7
     model.output_stride = placeholder(int)  # image pixels per feature pixel: 8 | 16 | 32
@@ -78,9 +77,7 @@ def default_config() -> ConfigDict:
     loss.class_weights = placeholder(tuple)  # one factor for each class; at least 0
     loss.label_smoothing = 0.0  # share of the target that is spread over all classes, 0..1
     loss.ohem_threshold = placeholder(float)  # only pixels of at most this probability count, 0..1
-    loss.ohem_share_min = (
-        0.0625  # of the valid pixels that count in any case, 0..1; with ohem_threshold
-    )
+    loss.ohem_share_min = 0.0625  # of the valid pixels, that count in any case; 0..1
     loss.normalizer = "valid"  # divide by pixels: valid (that count) | all
     loss.resolution = "full"  # full: logits at label size | eighth: labels at that of the logits
 
@@ -100,9 +97,7 @@ def default_config() -> ConfigDict:
 
     train = config.train = ConfigDict()
     train.global_batch_size = 16  # images per step over all devices
-    train.recipe_batch_size = placeholder(
-        int
-    )  # that learning rate and steps are for: both are scaled
+    train.recipe_batch_size = placeholder(int)  # that rate and steps are for: both are scaled
     train.accumulate_steps = 1  # parts of the batch that go through one after the other
     train.num_steps = 126_300  # optimizer steps
     train.log_every_steps = 50

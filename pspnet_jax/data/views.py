@@ -117,8 +117,7 @@ def render(
         for corner, side, limit in zip(plan.corner, crop_size, plan.size, strict=True)
     )
     size, to_image = (bottom - top, right - left), plan.to_image @ shift(left, top)
-    border = cv2.BORDER_CONSTANT if plan.is_rotated else cv2.BORDER_REPLICATE
-    seen = _sample(image, to_image, size, cv2.INTER_LINEAR, border, fill)
+    seen = _sample(image, to_image, size, cv2.INTER_LINEAR, plan.is_rotated, fill)
     seen_labels = sample_labels(labels, to_image, size, is_rotated=plan.is_rotated)
     if plan.blurs:
         seen = cv2.GaussianBlur(seen, (2 * _BLUR_REACH + 1,) * 2, 0)
@@ -134,8 +133,7 @@ def sample_labels(
     labels: LabelMap, to_image: Affine, size: Size, *, is_rotated: bool
 ) -> UInt8[np.ndarray, "new_height new_width"]:
     """The nearest label of every pixel of a picture of `size`."""
-    border = cv2.BORDER_CONSTANT if is_rotated else cv2.BORDER_REPLICATE
-    return _sample(labels, to_image, size, cv2.INTER_NEAREST, border, (IGNORE_LABEL,))
+    return _sample(labels, to_image, size, cv2.INTER_NEAREST, is_rotated, (IGNORE_LABEL,))
 
 
 def change_colors(
@@ -159,7 +157,12 @@ def cut(array: np.ndarray, window: tuple[int, int, int, int]) -> np.ndarray:
 
 
 def _sample(
-    array: np.ndarray, to_image: Affine, size: Size, how: int, border: int, fill: tuple[int, ...]
+    array: np.ndarray,
+    to_image: Affine,
+    size: Size,
+    how: int,
+    is_rotated: bool,
+    fill: tuple[int, ...],
 ) -> np.ndarray:
     x, y = to_image[:2, 2]
     if (to_image[:2, :2] == np.eye(2)).all() and x == int(x) and y == int(y):
@@ -172,7 +175,7 @@ def _sample(
         to_image[:2],
         size[::-1],
         flags=how | cv2.WARP_INVERSE_MAP,
-        borderMode=border,
+        borderMode=cv2.BORDER_CONSTANT if is_rotated else cv2.BORDER_REPLICATE,
         borderValue=fill,
     )
     return cv2.cvtColor(warped, cv2.COLOR_RGBA2RGB) if is_color else warped

@@ -10,16 +10,17 @@
 
 import functools
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float16, Float32, UInt8
 
 from pspnet_jax import parallel, windows
 from pspnet_jax.arrays import (
@@ -86,6 +87,18 @@ class Provenance:
     path: str
     step: int
     digest: str
+
+
+class Prediction(NamedTuple):
+    """What is predicted of one image, on the host."""
+
+    class_map: LabelMap
+    """The most probable class of each pixel, as train ids."""
+    confidence: Float32[np.ndarray, "height width"] | None = None
+    """Probability of that class, 0 .. 1."""
+    entropy: Float32[np.ndarray, "height width"] | None = None
+    """Of the class probabilities, divided by its largest possible value log(classes): 0 .. 1."""
+    probabilities: Float16[np.ndarray, "height width classes"] | None = None
 
 
 class Segmenter:
@@ -161,6 +174,44 @@ class Segmenter:
         batch = self._place(image[None])
         found = _probabilities(*self._state, batch, description=self.description, flip=chosen.flip)
         return found[0]
+
+    def predict(
+        self,
+        images: Iterable[RawImage],
+        *,
+        protocol: Protocol | None = None,
+        batch_size: int = 1,
+        canvas_gib: float = 2.0,
+        confidence: bool = False,
+        entropy: bool = False,
+        probabilities: bool = False,
+    ) -> Iterator[Prediction]:
+        """Predictions of a stream of images of any sizes, in their order.
+
+        Args:
+            images: RGB, 0 .. 255.
+            protocol: None is the checkpoint's own.
+            batch_size: windows, or whole images of equal size, that go through together.
+            canvas_gib: limit of device memory for class scores of unfinished images, GiB; the network's
+                own memory comes on top.
+            confidence: also the probability of the chosen class.
+            entropy: also the entropy.
+            probabilities: also all class probabilities.
+        """
+        chosen = protocol or self.protocol
+        for image in images:
+            options = {
+                k: v for k, v in chosen.to_json().items() if k not in ("name", "absent_class")
+            }
+            found = np.asarray(self.probabilities(image, protocol=chosen.name, **options))
+            bounded = np.clip(found, 1e-30, 1)
+            scaled = -(bounded * np.log(bounded)).sum(-1) / np.log(found.shape[-1])
+            yield Prediction(
+                found.argmax(-1).astype(np.uint8),
+                found.max(-1) if confidence else None,
+                scaled.astype(np.float32) if entropy else None,
+                found.astype(np.float16) if probabilities else None,
+            )
 
     def class_map(self, image: RawImage) -> LabelMap:
         """The most probable class of each pixel of one image, as train ids."""

@@ -35,8 +35,7 @@ from pspnet_jax.data.folders import read_image
 from pspnet_jax.data.layouts import DataError
 from pspnet_jax.image_files import ImageFile, find_images
 from pspnet_jax.metric_writer import Progress, write_whole
-from pspnet_jax.segmenter import Prediction, Segmenter, load
-from pspnet_jax.windows import Protocol
+from pspnet_jax.segmenter import Prediction, Protocol, Segmenter, load
 
 DEFAULT_OUTPUTS = ("class_maps", "palette", "overlays", "legend")
 OUTPUTS = (*DEFAULT_OUTPUTS, "confidence", "entropy", "probabilities")

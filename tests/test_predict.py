@@ -8,11 +8,11 @@ import cv2
 import numpy as np
 import pytest
 
-from pspnet_jax import predict, windows
+from pspnet_jax import predict
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.data.folders import read_image
 from pspnet_jax.data.layouts import DataError
-from pspnet_jax.segmenter import Prediction, Provenance, Segmenter
+from pspnet_jax.segmenter import Prediction, Protocol, Provenance, Segmenter
 
 from pictures import example, write_image, write_turned_photograph
 
@@ -31,7 +31,7 @@ class StubSegmenter(Segmenter):
 
     def __init__(self, labels="camvid", digest="abc"):
         self.label_set = load_label_set(labels)
-        self.protocol = windows.choose("whole", self.label_set)
+        self.protocol = Protocol("whole", flip=True, absent_class="skip")
         self.provenance = Provenance("memory", 7, digest)
         self.options = {}
 

@@ -264,7 +264,9 @@ def _predict(segmenter: Segmenter, targets: Targets, work: _Pass) -> dict[ImageF
             protocol=work.protocol,
             batch_size=work.batch_size,
             canvas_gib=work.canvas_gib,
-            **{kind: kind in work.kinds for kind in ("confidence", "entropy", "probabilities")},
+            confidence="confidence" in work.kinds,
+            entropy="entropy" in work.kinds,
+            probabilities="float16" if "probabilities" in work.kinds else None,
         )
         for prediction in found:
             file, image = waiting.popleft()

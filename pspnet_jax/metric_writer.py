@@ -153,6 +153,8 @@ class Progress:
         self._is_terminal = sys.stderr.isatty()
         self._start = self._last_line = self._last_bar = time.monotonic()
         self._marks = deque([(self._start, 0)], maxlen=_RATE_MARKS)
+        if self._is_terminal:
+            self._draw(self._count())
 
     def __enter__(self) -> "Progress":
         return self

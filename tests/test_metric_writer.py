@@ -92,6 +92,7 @@ def test_progress_on_a_terminal_is_one_line(clock, monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("COLUMNS", "80")
     with Progress(4) as progress:
+        assert terminal.getvalue() == f"\r\x1b[K[{'':30}] 0/4 images"
         for _ in range(3):
             clock.now += 0.05
             progress.update()
@@ -112,7 +113,10 @@ def test_bar_fits_a_narrow_terminal(clock, monkeypatch):
     progress = Progress(10_000, "images of validation")
     clock.now += 1
     progress.update()
-    assert terminal.getvalue().removeprefix("\r\x1b[K") == "1/10000 images of v"
+    assert terminal.getvalue().split("\r\x1b[K")[1:] == [
+        "0/10000 images of v",
+        "1/10000 images of v",
+    ]
     progress.close()
 
 

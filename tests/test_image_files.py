@@ -46,7 +46,7 @@ def test_folders_are_searched_below_and_keep_subfolders(root):
     ("pattern", "expected"),
     [
         ("val/*/b.png", ["aachen/b", "ulm/b"]),
-        ("val/u*/*", ["a", "b"]),
+        ("val/u*/*", ["ulm/a", "ulm/b"]),
         ("val/**/*.[jp]*g", ["aachen/b", "top", "ulm/b"]),
         ("v?l/ulm/b.png", ["val/ulm/b"]),
         ("val/*.txt", ["list"]),
@@ -54,8 +54,6 @@ def test_folders_are_searched_below_and_keep_subfolders(root):
     ],
 )
 def test_patterns_keep_the_folders_after_their_fixed_part(root, pattern, expected):
-    if pattern == "val/u*/*":
-        expected = [f"ulm/{name}" for name in expected]
     assert names(pattern) == expected
 
 
@@ -79,6 +77,9 @@ def test_links_to_folders_are_followed_but_not_round_in_a_circle(root):
     os.symlink(root / "val/aachen", root / "linked")
     assert names("val") == ["aachen/b", "top", "ulm/a", "ulm/b"]
     assert names("linked") == ["b"]
+    (root / "other").mkdir()
+    os.symlink(root / "val/aachen", root / "other/town")
+    assert names("other") == ["town/b"]
 
 
 @pytest.mark.parametrize(
@@ -86,15 +87,11 @@ def test_links_to_folders_are_followed_but_not_round_in_a_circle(root):
     [
         (["val", "none.jpg"], FileNotFoundError, "none.jpg: there is no such image or folder"),
         (["val/*.bmp"], FileNotFoundError, r"val/\*.bmp: no file matches this pattern"),
-        (["val", "val/.cache/.."], None, ""),
         (["val/out/palette/empty"], ValueError, r"there are no images \(.jpg, .jpeg, .png\) in"),
         ([], ValueError, "there are no images in the command: name image files"),
     ],
 )
 def test_what_names_nothing_is_an_error(root, arguments, error, message):
     (root / "val/out/palette/empty").mkdir()
-    if error is None:
-        assert len(names(*arguments)) == 4
-        return
     with pytest.raises(error, match=message):
         names(*arguments)

@@ -152,7 +152,7 @@ class Progress:
         self._unit = what.split()[0]
         self._is_terminal = sys.stderr.isatty()
         self._start = self._last_line = self._last_bar = time.monotonic()
-        self._marks = deque([(self._start, 0)], maxlen=_RATE_MARKS)
+        self._marks: deque[tuple[float, int]] = deque(maxlen=_RATE_MARKS)
         if self._is_terminal:
             self._draw(self._count())
 
@@ -172,7 +172,7 @@ class Progress:
         if self._is_terminal and now - self._last_bar >= _SECONDS_BETWEEN_BARS:
             self._last_bar = now
             self._draw(self._state(now))
-        if now - self._marks[-1][0] >= _SECONDS_BETWEEN_MARKS:
+        if not self._marks or now - self._marks[-1][0] >= _SECONDS_BETWEEN_MARKS:
             self._marks.append((now, self._done))
 
     def close(self) -> None:
@@ -213,7 +213,8 @@ class Progress:
         return f"{self._done}/{self._total} {self._what}"
 
     def _state(self, now: float) -> str:
-        then, done = self._marks[0]
+        # From the first round on, which may have compiled something.
+        then, done = self._marks[0] if self._marks else (self._start, 0)
         rate = (self._done - done) / max(now - then, 1e-9)
         left = f"  {_duration((self._total - self._done) / rate)} left" if rate else ""
         return f"{self._count()}  {_rate(rate)} {self._unit}/s{left}"

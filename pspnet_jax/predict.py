@@ -223,7 +223,7 @@ def _check_about(texts: Mapping[Path, str], output: Path) -> None:
         if path.exists() and path.read_text() != text:
             there, here = path.read_text().splitlines(), text.splitlines()
             pairs = zip_longest(there, here, fillvalue="nothing")
-            a, b = next((a.strip(), b.strip()) for a, b in pairs if a != b)
+            a, b = next((a.strip(" ,"), b.strip(" ,")) for a, b in pairs if a != b)
             raise FileExistsError(f"{path} says {a}, here it is {b}: {together}")
     table, picture = output / "legend.csv", output / "legend.png"
     if table in texts and picture.exists() and not table.exists():

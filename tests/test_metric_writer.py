@@ -87,6 +87,19 @@ def test_progress_in_a_file_is_a_line_every_15_seconds_and_one_at_the_end(clock,
     ]
 
 
+def test_the_time_left_does_not_count_the_first_round(clock, capsys):
+    with Progress(11) as progress:
+        clock.now += 20  # compiles
+        progress.update()
+        for _ in range(4):
+            clock.now += 4
+            progress.update()
+        assert capsys.readouterr().err.splitlines() == [
+            "1/11 images  0.05 images/s  0:03:20 left",
+            "5/11 images  0.25 images/s  0:00:24 left",
+        ]
+
+
 def test_progress_on_a_terminal_is_one_line(clock, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)

@@ -217,7 +217,7 @@ def test_results_of_two_checkpoints_or_protocols_are_not_mixed(
     os.rename(photographs / "b/1.png", argv[1][1])
     options = {"output": output, "resume": True}
     with pytest.raises(
-        FileExistsError, match=r'prediction.json says "flip": true.*is "flip": false'
+        FileExistsError, match=r'prediction.json says "flip": true, here it is "flip": false:'
     ):
         predict.run(*argv, **options, protocol_options={"flip": False})
     segmenter.provenance = Provenance("memory", 7, "other")

@@ -18,9 +18,9 @@ from pspnet_jax.arrays import Batch, Example, LabelMap
 from pspnet_jax.catalog import LabelSet, load_label_set
 from pspnet_jax.data.pipeline import Source, evaluation_examples, open_source
 from pspnet_jax.metrics import confusion_matrix
+from pspnet_jax.protocols import Protocol
 from pspnet_jax.report import Evaluation, panel_indices, summary, write_report
 from pspnet_jax.segmenter import Segmenter, load
-from pspnet_jax.windows import Protocol
 
 _SECONDS_BETWEEN_LINES = 15.0
 

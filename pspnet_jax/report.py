@@ -20,9 +20,9 @@ from pspnet_jax.catalog import LabelSet
 from pspnet_jax.data.pipeline import Source
 from pspnet_jax.metric_writer import write_whole
 from pspnet_jax.metrics import Confusion, Scores, group_iou, scores
+from pspnet_jax.protocols import Protocol
 from pspnet_jax.segmenter import Provenance
 from pspnet_jax.version import __version__
-from pspnet_jax.windows import Protocol
 
 NUM_PANELS = 8
 

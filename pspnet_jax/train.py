@@ -22,7 +22,7 @@ from flax import serialization
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from pspnet_jax import check, evaluate, parallel, windows
+from pspnet_jax import check, evaluate, parallel, protocols
 from pspnet_jax import config as config_module
 from pspnet_jax.arrays import Batch
 from pspnet_jax.catalog import LabelSet, load_label_set
@@ -48,6 +48,7 @@ from pspnet_jax.models.pspnet import (
 )
 from pspnet_jax.optimizer import Schedule, adam, multistep_schedule, poly_schedule, sgd
 from pspnet_jax.pretrained import start_from
+from pspnet_jax.protocols import Protocol
 from pspnet_jax.report import summary, write_report
 from pspnet_jax.segmenter import Description, Provenance, Segmenter, model_part
 from pspnet_jax.train_step import (
@@ -56,7 +57,6 @@ from pspnet_jax.train_step import (
     create_train_state,
     make_train_step,
 )
-from pspnet_jax.windows import Protocol
 
 log = logging.getLogger("pspnet_jax")
 
@@ -389,8 +389,8 @@ def _choose_protocol(config: ConfigDict, label_set: LabelSet) -> Protocol:
     """The protocol of evaluations during training; fills in what the config left open."""
     options = config.evaluate
     names = ("scales", "flip", "base_size", "crop_size", "stride")
-    protocol = windows.choose(options.protocol, label_set)
-    protocol = windows.override(protocol, **{name: options[name] for name in names})
+    protocol = protocols.choose(options.protocol, label_set)
+    protocol = protocols.override(protocol, **{name: options[name] for name in names})
     options.update({n: getattr(protocol, n) for n in (names if protocol.slides else ("flip",))})
     return protocol
 

@@ -17,6 +17,7 @@ LAYERS = [
         "version",
         "arrays",
         "resample",
+        "taps",
         "catalog",
         "config",
         "checkpoint",
@@ -24,7 +25,7 @@ LAYERS = [
         "weights/",
     ],
     ["data/", "models/", "losses", "optimizer", "metrics", "parallel", "visualize"],
-    ["train_step", "windows"],
+    ["train_step", "protocols", "windows", "canvas", "stream"],
     ["segmenter"],
     [
         "report",
@@ -67,7 +68,11 @@ PURE = [
     "optimizer",
     "metrics",
     "train_step",
+    "taps",
+    "protocols",
     "windows",
+    "canvas",
+    "stream",
     "visualize",
 ]
 PURE += [f"models/{module}" for module in FOLDERS["models/"]]

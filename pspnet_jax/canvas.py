@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Int32, Shaped
 
 from pspnet_jax.arrays import Images, Logits
+from pspnet_jax.resample import Maps
 from pspnet_jax.taps import Taps
 
 TILE_ROWS, TILE_COLUMNS = 64, 1024  # pixels of a result that are made at once
@@ -167,7 +168,7 @@ def stack_taps(fields: list[Taps], offsets: list[int], *, pixels: int) -> AxisTa
     return AxisTaps(indices, weights)
 
 
-def stack_scores(scores: Sequence[Scores]) -> Canvas:
+def stack_scores(scores: Sequence[Maps]) -> Canvas:
     """Scores of each view of some images as a canvas: all views of the first image, then the second's."""
     widest = max(each.shape[2] for each in scores)
     padded = [

@@ -219,7 +219,7 @@ PROTOCOLS = {
         max_size=1000,
     ),
 }
-_OPTIONS = ("flip", "scales", "base_size", "max_size", "crop_size", "stride")
+OPTIONS = ("flip", "scales", "base_size", "max_size", "crop_size", "stride")
 
 
 def choose(name: str, label_set: LabelSet) -> Protocol:
@@ -247,10 +247,10 @@ def override(protocol: Protocol, **options: Any) -> Protocol:
         ValueError: for an option that the protocol does not have, or an impossible value.
     """
     options = {name: value for name, value in options.items() if value is not None}
-    foreign = sorted(name for name in options if not _has(protocol, name))
+    foreign = sorted(name for name in options if not has_option(protocol, name))
     if foreign:
         having = {
-            option: [name for name, other in PROTOCOLS.items() if _has(other, option)]
+            option: [name for name, other in PROTOCOLS.items() if has_option(other, option)]
             for option in foreign
         }
         listed = "; ".join(f"{option} ({', '.join(names)})" for option, names in having.items())
@@ -275,14 +275,14 @@ def override(protocol: Protocol, **options: Any) -> Protocol:
     return changed
 
 
-def _has(protocol: Protocol, option: str) -> bool:
+def has_option(protocol: Protocol, option: str) -> bool:
     """Whether an option means something under a protocol."""
     usual = PROTOCOLS[protocol.name]
     if option == "stride":
         return usual.slides
     if option == "scales":
         return usual.resizes
-    return option in _OPTIONS and (option == "flip" or getattr(usual, option) is not None)
+    return option in OPTIONS and (option == "flip" or getattr(usual, option) is not None)
 
 
 def _check(protocol: Protocol) -> None:

@@ -26,6 +26,7 @@ from pspnet_jax import canvas as canvas_module
 from pspnet_jax import parallel, protocols, stream, windows
 from pspnet_jax.arrays import (
     AnyArray,
+    AnyImage,
     Images,
     LabelMap,
     Logits,
@@ -39,7 +40,7 @@ from pspnet_jax.checkpoint import CheckpointFolder, Tree, check_same_shapes
 from pspnet_jax.models.layers import NoRandomNumbers
 from pspnet_jax.models.pspnet import FAMILIES, ModelOptions, Normalization, PSPNet
 from pspnet_jax.protocols import Protocol
-from pspnet_jax.resample import resize
+from pspnet_jax.resample import Maps, resize
 from pspnet_jax.stream import NetworkRule
 from pspnet_jax.train_step import normalize, split_model
 
@@ -164,7 +165,7 @@ class Segmenter:
 
     def predict(
         self,
-        images: Iterable[RawImage],
+        images: Iterable[AnyImage],
         *,
         protocol: Protocol | None = None,
         batch_size: int = 1,
@@ -226,7 +227,7 @@ class Segmenter:
 
     def _slide(
         self,
-        images: Iterable[RawImage],
+        images: Iterable[AnyImage],
         protocol: Protocol,
         tile: stream.TileFunction,
         batch_size: int,
@@ -234,8 +235,7 @@ class Segmenter:
     ) -> Iterator[Prediction]:
         rules, num_classes = protocol.rules, self.label_set.num_classes
         width = windows.canvas_width(protocol)
-        # Rows for the images whose windows may share a pass; small images need less than is granted.
-        wanted = windows.canvas_height(protocol) * (1 + -(batch_size // -len(protocol.scales)))
+        wanted = windows.canvas_height(protocol, batch_size)  # may be less than is granted
         granted = int(canvas_gib * 2**30 / (4 * width * num_classes))
         shape = (self._mesh.size, min(wanted, granted), width, num_classes)
 
@@ -348,7 +348,7 @@ def choose_step(folder: CheckpointFolder, step: str | int) -> int:
     )
 
 
-def _checked(image: RawImage) -> RawImage:
+def _checked(image: np.ndarray) -> AnyImage:
     """Floating images may be normalized ones; a protocol that resizes could not tell."""
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or not image.size:
@@ -378,7 +378,7 @@ def model_part(description: Description, params: Tree, batch_stats: Tree) -> Tre
 
 def _scores_of(
     params: Tree, batch_stats: Tree, images: Images, *, description: Description
-) -> Logits:
+) -> Maps:
     """Logits of normalized images, at the network's own resolution, for the padded images."""
     options = description.model
     height, width = images.shape[1:3]
@@ -416,7 +416,7 @@ def _logits(params: Tree, batch_stats: Tree, images, *, description: Description
 
 
 @functools.partial(jax.jit, static_argnames="description")
-def _head_scores(params: Tree, batch_stats: Tree, images, *, description: Description) -> Logits:
+def _head_scores(params: Tree, batch_stats: Tree, images, *, description: Description) -> Maps:
     images = normalize(images, description.normalization, dtype=jnp.float32)
     scores = _scores_of(params, batch_stats, images, description=description)
     return scores.astype(jnp.float32)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 
-from pspnet_jax.arrays import AnyArray, AnyImage, Prediction, RawImage
+from pspnet_jax.arrays import AnyArray, AnyImage, Prediction
 from pspnet_jax.canvas import TILE_COLUMNS, TILE_ROWS, AxisTaps, Tile, stack_taps
 from pspnet_jax.protocols import Protocol, Size
 from pspnet_jax.taps import Taps
@@ -142,7 +142,7 @@ class Slider:
         self.canvas, self.add, self.tile = canvas, add, tile
         self.lanes = [_Lane(canvas.shape[1]) for _ in range(canvas.shape[0])]
 
-    def run(self, images: Iterable[RawImage]) -> Iterator[Prediction]:
+    def run(self, images: Iterable[AnyImage]) -> Iterator[Prediction]:
         """Predictions in the order of the images; some images are read ahead."""
         results: deque[_Result] = deque()
         for image in images:
@@ -157,7 +157,7 @@ class Slider:
             self._advance()
             yield from _finished(results)
 
-    def _place(self, image: RawImage, part: Part, result: _Result) -> None:
+    def _place(self, image: AnyImage, part: Part, result: _Result) -> None:
         """Put a part into the lane with the least to do, once there is room."""
         while True:
             rooms = [(lane, lane.room(part.height)) for lane in self.lanes]
@@ -239,7 +239,7 @@ class NetworkRule:
 
 
 def whole(
-    images: Iterable[RawImage],
+    images: Iterable[AnyImage],
     protocol: Protocol,
     *,
     network: NetworkRule,
@@ -259,12 +259,14 @@ def whole(
         tile: the canvas and the result.
     """
 
-    def run(waiting: list[RawImage]) -> Iterator[Prediction]:
+    def run(waiting: list[AnyImage]) -> Iterator[Prediction]:
         size = (waiting[0].shape[0], waiting[0].shape[1])
         found = views(size, protocol)
         filled = waiting + waiting[-1:] * (num_lanes * batch_size - len(waiting))
         scores = [
-            score(np.stack([view_image(image, view, protocol, (0, 0, 0)) for image in filled]))
+            score(
+                np.stack([view_image(image, view, protocol, (0.0, 0.0, 0.0)) for image in filled])
+            )
             for view in found
         ]
         canvas = stack(scores)
@@ -282,7 +284,7 @@ def whole(
             _make_tiles(tile, canvas, targets, _tile_shape(size))
         yield from (result.prediction for result in results[: len(waiting)])
 
-    waiting: list[RawImage] = []
+    waiting: list[AnyImage] = []
     for image in images:
         if waiting and (image.shape != waiting[0].shape or len(waiting) == num_lanes * batch_size):
             yield from run(waiting)

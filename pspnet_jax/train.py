@@ -388,10 +388,10 @@ def compile_step(step: TrainStep, mesh: Mesh) -> TrainStep:
 def _choose_protocol(config: ConfigDict, label_set: LabelSet) -> Protocol:
     """The protocol of evaluations during training; fills in what the config left open."""
     options = config.evaluate
-    names = ("scales", "flip", "base_size", "crop_size", "stride")
     protocol = protocols.choose(options.protocol, label_set)
-    protocol = protocols.override(protocol, **{name: options[name] for name in names})
-    options.update({n: getattr(protocol, n) for n in (names if protocol.slides else ("flip",))})
+    protocol = protocols.override(protocol, **{name: options[name] for name in protocols.OPTIONS})
+    had = [name for name in protocols.OPTIONS if protocols.has_option(protocol, name)]
+    options.update({name: getattr(protocol, name) for name in had})
     return protocol
 
 

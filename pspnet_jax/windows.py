@@ -232,6 +232,11 @@ def canvas_width(protocol: Protocol) -> int:
     return max(view.columns.padded for view in views((1, 10**6), protocol))
 
 
-def canvas_height(protocol: Protocol) -> int:
-    """Rows that the views of no image pass."""
-    return sum(view.rows.padded for view in views((10**6, 1), protocol))
+def canvas_height(protocol: Protocol, batch_size: int) -> int:
+    """Rows of a canvas on which every pass of `batch_size` windows can be filled."""
+    num_views = len(views((1, 1), protocol))
+    tallest = sum(view.rows.padded for view in views((10**6, 1), protocol))
+    # Fewer windows than a pass wait, of at most so many images; beside them one is coming, one is
+    # being finished, and at the end of the canvas there may be too little room for another.
+    num_waiting = -((batch_size - 1) // -num_views)
+    return tallest * (num_waiting + 3)

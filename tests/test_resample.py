@@ -1,6 +1,7 @@
 """Pooling and resizing against hand-worked values and independent statements."""
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ from pspnet_jax.resample import (
     pooling_matrix,
     resize,
     resize_matrix,
+    symbolic_pooling_matrix,
+    symbolic_resize_matrix,
 )
 
-BUDGET_SECONDS = 30
+BUDGET_SECONDS = 45
 
 
 def maps(height, width, *, seed=0, dtype=np.float32):
@@ -70,6 +73,52 @@ def test_pools_equal_loops(size, num_bins):
     np.testing.assert_array_equal(
         adaptive_max_pool(x, num_bins), pool_by_loops(x, num_bins, np.max)
     )
+
+
+def for_any_size(function):
+    """A function of maps, traced once while batch, height and width are symbols."""
+    batch, height, width = jax.export.symbolic_shape("batch, height, width")
+    x = jax.ShapeDtypeStruct((batch, height, width, 3), np.float32)
+    return jax.export.export(jax.jit(function))(x).call
+
+
+def test_pools_and_resizing_of_symbolic_sizes_equal_those_of_numbers():
+    """Also where bins divide, are larger than the map, and where one sample is all there is."""
+
+    def all_of(x):
+        smaller, larger = (3, 1), (8 * x.shape[1], 2 * x.shape[2] + 1)
+        pooled = [pool(x, n) for pool in (adaptive_average_pool, adaptive_max_pool) for n in (1, 6)]
+        resized = [
+            resize(x, size, align_corners=align_corners)
+            for size in (smaller, larger)
+            for align_corners in (True, False)
+        ]
+        return pooled, resized
+
+    symbolic = for_any_size(all_of)
+    for size in ((12, 7), (1, 60)):
+        x = maps(*size)
+        found, wanted = jax.tree.leaves(symbolic(x)), jax.tree.leaves(jax.jit(all_of)(x))
+        assert len(found) == len(wanted) == 8
+        for one, other in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-6, strict=True)
+
+
+def test_symbolic_matrices_are_the_constant_ones_rounded_once():
+    for align_corners, size, new_size in (
+        (True, 90, 713),
+        (False, 90, 713),
+        (True, 512, 4096),
+        (False, 512, 4096),
+        (True, 5, 1),
+        (False, 5, 1),
+    ):
+        found = symbolic_resize_matrix(size, new_size, align_corners=align_corners)
+        exact = resize_matrix(size, new_size, align_corners=align_corners)
+        np.testing.assert_allclose(found, exact, rtol=1e-7, atol=1e-10)
+    for size in (90, 4):
+        found, exact = symbolic_pooling_matrix(size, 6), pooling_matrix(size, 6)
+        np.testing.assert_allclose(found, exact, rtol=1e-7)
 
 
 def test_gradient_of_the_maximum_goes_to_one_value_of_each_bin():

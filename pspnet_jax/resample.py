@@ -12,6 +12,7 @@
   is chosen by the size.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -127,6 +128,25 @@ def adaptive_average_pool(x: Maps, num_bins: int) -> Maps:
     return _separable(x, pooling_matrix(height, num_bins), pooling_matrix(width, num_bins))
 
 
+def adaptive_average_pools(x: Maps, bins: Sequence[int]) -> list[Maps]:
+    """`adaptive_average_pool` for each of `bins`, in their order.
+
+    The finest grid that divides the map is averaged first; the cells of every grid that divides that one
+    are means of its cells, so `x` is read once for 1, 2, 3 and 6 bins. All sums are in float32 (float64
+    where the input is float64) and rounded once.
+    """
+    dividing = [num_bins for num_bins in bins if _divides(num_bins, x)]
+    if not dividing:
+        return [adaptive_average_pool(x, num_bins) for num_bins in bins]
+    cells = adaptive_average_pool(x.astype(_accumulator(x)), max(dividing))
+
+    def pool(num_bins: int) -> Maps:
+        source = cells if _divides(num_bins, cells) else x
+        return adaptive_average_pool(source, num_bins).astype(x.dtype)
+
+    return [pool(num_bins) for num_bins in bins]
+
+
 def adaptive_max_pool(x: Maps, num_bins: int) -> Maps:
     """As `adaptive_average_pool`, with the maximum of each bin; of equal ones the first gets the gradient."""
     if not is_static(x.shape[1], x.shape[2]):
@@ -173,6 +193,20 @@ def resize(x: Maps, size: Pair, *, align_corners: bool) -> Maps:
     rows = resize_matrix(x.shape[1], size[0], align_corners=align_corners)
     columns = resize_matrix(x.shape[2], size[1], align_corners=align_corners)
     return _separable(x, rows, columns)
+
+
+def shifted_resize_matrices(
+    size: int, new_size: int, *, num_shifts: int, align_corners: bool
+) -> Float[jax.Array, "new_size shifts size"]:
+    """`resize_matrix` moved by -r .. r samples, where num_shifts = 2 r + 1, with zero rows beyond the ends.
+
+    Result [:, i] applied to x is what tap i of a convolution with `num_shifts` taps and zero padding sees
+    of the resized x.
+    """
+    reach = num_shifts // 2
+    matrix = resize_matrix(size, new_size, align_corners=align_corners)
+    padded = jnp.pad(matrix, ((reach, reach), (0, 0)))
+    return jnp.stack([padded[i : i + new_size] for i in range(num_shifts)], axis=1)
 
 
 def _divides(num_bins: int, x: Maps) -> bool:

@@ -8,11 +8,13 @@ import pytest
 
 from pspnet_jax.resample import (
     adaptive_average_pool,
+    adaptive_average_pools,
     adaptive_max_pool,
     pooling_bins,
     pooling_matrix,
     resize,
     resize_matrix,
+    shifted_resize_matrices,
     symbolic_pooling_matrix,
     symbolic_resize_matrix,
 )
@@ -148,6 +150,35 @@ def test_reshape_and_matrix_agree_where_bins_divide():
     np.testing.assert_allclose(adaptive_average_pool(x, 6), by_matrix, atol=1e-6)
 
 
+# Numbers of bins, and how often the map is read for them.
+NESTED = [
+    ((12, 18), (1, 2, 3, 6), 1),
+    ((12, 18), (6, 4, 3), 2),
+    ((9, 6), (1, 2, 3, 6), 3),
+    ((7, 5), (2,), 1),
+]
+
+
+@pytest.mark.parametrize(("size", "bins", "num_reads"), NESTED)
+def test_pools_whose_bins_nest_read_the_map_once(size, bins, num_reads):
+    x = maps(*size)
+    pool = jax.jit(lambda x: adaptive_average_pools(x, bins))
+    for num_bins, pooled in zip(bins, pool(x), strict=True):
+        np.testing.assert_allclose(pooled, pool_by_loops(x, num_bins, np.mean), atol=1e-6)
+    program = pool.trace(x).jaxpr
+    reads = [eqn for eqn in program.jaxpr.eqns if program.jaxpr.invars[0] in eqn.invars]
+    assert len(reads) == num_reads
+
+
+def test_half_precision_is_pooled_once_in_full_precision():
+    x = jnp.asarray(maps(12, 12), jnp.bfloat16)
+    pools = jax.jit(lambda x: adaptive_average_pools(x, (1, 2, 6)))(x)
+    for num_bins, pool in zip((1, 2, 6), pools, strict=True):
+        assert pool.dtype == jnp.bfloat16
+        exact = pool_by_loops(np.asarray(x, np.float32), num_bins, np.mean)
+        np.testing.assert_allclose(pool.astype(jnp.float32), exact, rtol=2**-8, atol=1e-6)
+
+
 @pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize(("size", "new_size"), [(6, 60), (1, 5), (5, 1), (7, 3), (4, 4), (2, 17)])
 def test_resize_matrix_equals_interpolation(size, new_size, align_corners):
@@ -157,6 +188,16 @@ def test_resize_matrix_equals_interpolation(size, new_size, align_corners):
         matrix @ line, interpolate_by_loops(line, new_size, align_corners), atol=1e-12
     )
     np.testing.assert_allclose(matrix.sum(axis=1), 1, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_shifts", [1, 3, 5])
+def test_shifted_matrices_by_hand(num_shifts):
+    matrices = shifted_resize_matrices(2, 3, num_shifts=num_shifts, align_corners=True)
+    zero, rows = [0, 0], [[1, 0], [0.5, 0.5], [0, 1]]
+    padded = [zero, zero, *rows, zero, zero]
+    start = 2 - num_shifts // 2
+    expected = [padded[start + row : start + row + num_shifts] for row in range(3)]
+    np.testing.assert_array_equal(matrices, expected)
 
 
 def test_half_pixel_rule_is_that_of_jax_image():

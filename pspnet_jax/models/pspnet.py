@@ -33,6 +33,7 @@ from pspnet_jax.models.pyramid import (
     ClassifierHead,
     PresenceHead,
     ProgressiveHead,
+    Pyramid,
     PyramidPooling,
 )
 from pspnet_jax.resample import Pair, Size
@@ -315,7 +316,7 @@ class PSPNet(nnx.Module):
             return Outputs(logits)
         aux_logits = presence_logits = None
         if self.aux_head is not None:
-            aux_logits = self.aux_head(features.stage3, train=train, key=aux_key)
+            aux_logits = self.aux_head(Pyramid(features.stage3), train=train, key=aux_key)
             aux_logits = _at_least_float32(aux_logits)
         if self.presence_head is not None:
             presence_logits = _at_least_float32(self.presence_head(features.stage3))

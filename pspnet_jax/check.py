@@ -8,7 +8,6 @@
 
 import functools
 import json
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from pspnet_jax import config as config_module
 from pspnet_jax.advice import suggest_labels, suspicions
@@ -36,10 +34,9 @@ from pspnet_jax.data.survey import (
     examine_record,
     survey,
 )
-from pspnet_jax.metric_writer import log, write_whole
+from pspnet_jax.metric_writer import Progress, log, write_whole
 
 NUM_PAINTED = 64  # of each split of `scenes`: every other image is painted the same way
-_SECONDS_BETWEEN_LINES = 15.0
 _FIRST, _RANDOM, _SECONDS_OF_FIRST_LOOK = 3, 9, 2.0
 
 
@@ -131,14 +128,11 @@ def _survey_split(check: Check, role: str, split: str) -> None:
 
 
 def _watched(findings: Iterable[Finding], total: int, split: str) -> Iterator[Finding]:
-    """The same findings, with a progress bar on a terminal and a line now and then elsewhere."""
-    bar = tqdm(findings, desc=split, total=total, unit=" images", leave=False, disable=None)
-    last_line = time.monotonic()
-    for i, finding in enumerate(bar, start=1):
-        yield finding
-        if bar.disable and time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
-            last_line = time.monotonic()
-            print(f"{split}: {i}/{total} images", file=sys.stderr, flush=True)
+    """The same findings, while their number is shown."""
+    with Progress(total, f"images of {split}") as progress:
+        for finding in findings:
+            yield finding
+            progress.update()
 
 
 def _judge(check: Check) -> None:

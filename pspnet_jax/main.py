@@ -45,41 +45,45 @@ def _define_evaluate(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_string(
         "split", None, "Split of the data (default: the config's).", flag_values=values
     )
-    flags.DEFINE_string(
-        "protocol", None, "whole or semseg (default: the checkpoint's).", flag_values=values
-    )
-    flags.DEFINE_list(
-        "scales", None, "Factors of base_size, e.g. 0.5,0.75,1,1.25,1.5,1.75.", flag_values=values
-    )
-    flags.DEFINE_boolean(
-        "flip", None, "Average with the mirror image; --noflip: do not.", flag_values=values
-    )
-    flags.DEFINE_integer(
-        "base_size",
-        None,
-        "Long side at scale 1, pixels (default: label set's).",
-        flag_values=values,
-    )
-    flags.DEFINE_list("crop_size", None, "Of windows: 473 or 473,713 pixels.", flag_values=values)
-    flags.DEFINE_list(
-        "stride", None, "Between windows, pixels (default: crop_size * 2/3).", flag_values=values
-    )
-    flags.DEFINE_string(
-        "output", None, "Folder of the report (default: in the run).", flag_values=values
-    )
+    _define_protocol(values)
+    _define_output(values, "Folder of the report (default: in the run).")
 
 
 def _define_predict(values: flags.FlagValues, argv: list[str]) -> None:
     _define_checkpoint(values)
-    flags.DEFINE_string("output", None, "Folder of the results.", flag_values=values)
-    flags.DEFINE_boolean("overwrite", False, "Replace results that exist.", flag_values=values)
+    _define_output(values, "Folder of the results.")
+    flags.DEFINE_list(
+        "outputs",
+        ["class_maps", "palette", "overlays", "legend"],
+        "What is written (default: class_maps,palette,overlays,legend).",
+        flag_values=values,
+    )
+    for name, meaning in {
+        "confidence": "Also gray pictures: probability of the class.",
+        "entropy": "Also gray pictures: entropy of the probabilities, 0 .. 1.",
+        "probabilities": "Also float16 [height, width, classes] as .npy files.",
+        "overwrite": "Replace results that exist.",
+        "resume": "Leave out images whose results all exist.",
+    }.items():
+        flags.DEFINE_boolean(name, False, meaning, flag_values=values)
+    flags.DEFINE_string(
+        "submission",
+        None,
+        "Also files for the server of a benchmark: cityscapes or ade20k.",
+        flag_values=values,
+    )
+    _define_protocol(values)
+    flags.DEFINE_integer(
+        "batch_size", 1, "Windows, or images of equal size, in one pass.", flag_values=values
+    )
+    flags.DEFINE_float(
+        "canvas_gib", 2.0, "Memory for scores of unfinished images, GiB.", flag_values=values
+    )
 
 
 def _define_prepare(values: flags.FlagValues, argv: list[str]) -> None:
     _define_config(values, argv)
-    flags.DEFINE_string(
-        "output", None, "Folder that becomes data.root of data.source=prepared.", flag_values=values
-    )
+    _define_output(values, "Folder that becomes data.root of data.source=prepared.")
 
 
 def _run_train(values: flags.FlagValues, words: list[str]) -> None:
@@ -101,13 +105,7 @@ def _run_evaluate(values: flags.FlagValues, words: list[str]) -> None:
         step=_value(values, "step"),
         split=_value(values, "split"),
         protocol=_value(values, "protocol"),
-        protocol_options={
-            "scales": _numbers(values, "scales", float),
-            "flip": _value(values, "flip"),
-            "base_size": _value(values, "base_size"),
-            "crop_size": _pair(values, "crop_size"),
-            "stride": _pair(values, "stride"),
-        },
+        protocol_options=_protocol_options(values),
         output=_value(values, "output"),
     )
 
@@ -115,20 +113,26 @@ def _run_evaluate(values: flags.FlagValues, words: list[str]) -> None:
 def _run_predict(values: flags.FlagValues, words: list[str]) -> None:
     from pspnet_jax import predict
 
+    more = ("confidence", "entropy", "probabilities")
     predict.run(
         _required(values, "checkpoint"),
         words,
         output=_required(values, "output"),
+        outputs=[*_value(values, "outputs"), *filter(lambda name: _value(values, name), more)],
+        submission=_value(values, "submission"),
+        protocol=_value(values, "protocol"),
+        protocol_options=_protocol_options(values),
+        batch_size=_value(values, "batch_size"),
+        canvas_gib=_value(values, "canvas_gib"),
         overwrite=_value(values, "overwrite"),
+        resume=_value(values, "resume"),
         step=_value(values, "step"),
     )
 
 
 def _define_check(values: flags.FlagValues, argv: list[str]) -> None:
     _define_config(values, argv)
-    flags.DEFINE_string(
-        "output", None, "JSON file for what was found, e.g. check.json.", flag_values=values
-    )
+    _define_output(values, "JSON file for what was found, e.g. check.json.")
 
 
 def _run_check(values: flags.FlagValues, words: list[str]) -> None:
@@ -165,7 +169,7 @@ def _define_convert(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_list(
         "pyramid_bins", None, "Not in the file (default: the family's).", flag_values=values
     )
-    flags.DEFINE_string("output", None, "Folder of the result.", flag_values=values)
+    _define_output(values, "Folder of the result.")
 
 
 def _define_export(values: flags.FlagValues, argv: list[str]) -> None:
@@ -179,7 +183,7 @@ def _define_export(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_list(
         "platforms", None, "Of stablehlo (default: cpu,cuda,tpu).", flag_values=values
     )
-    flags.DEFINE_string("output", None, "The file.", flag_values=values)
+    _define_output(values, "The file.")
 
 
 def _run_convert(values: flags.FlagValues, words: list[str]) -> None:
@@ -235,10 +239,11 @@ VERBS = {
     ),
     "predict": Verb(
         "class maps, palette pictures and overlays of images",
-        "pspnet predict --checkpoint=runs/scenes --output=DIR [--overwrite] IMAGE_OR_FOLDER...",
+        "pspnet predict --checkpoint=runs/scenes --output=DIR [--resume] [--confidence] [--protocol=semseg] IMAGE_FOLDER_OR_PATTERN...",
         _define_predict,
         _run_predict,
         takes_words=True,
+        after_interrupt="the same command with --resume does the images that are left",
     ),
     "check": Verb(
         "read all images and masks of a config's data and report what is wrong",
@@ -356,6 +361,46 @@ def _define_config(values: flags.FlagValues, argv: list[str]) -> None:
 def _define_checkpoint(values: flags.FlagValues) -> None:
     flags.DEFINE_string("checkpoint", None, "Folder of a run.", flag_values=values)
     flags.DEFINE_string("step", "best", "best, latest, or a step number.", flag_values=values)
+
+
+def _define_output(values: flags.FlagValues, meaning: str) -> None:
+    flags.DEFINE_string("output", None, meaning, flag_values=values)
+
+
+def _define_protocol(values: flags.FlagValues) -> None:
+    flags.DEFINE_string(
+        "protocol", None, "whole or semseg (default: the checkpoint's).", flag_values=values
+    )
+    flags.DEFINE_list(
+        "scales", None, "Factors of base_size, e.g. 0.5,0.75,1,1.25,1.5,1.75.", flag_values=values
+    )
+    flags.DEFINE_boolean(
+        "flip", None, "Average with the mirror image; --noflip: do not.", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "base_size",
+        None,
+        "Long side at scale 1, pixels (default: label set's).",
+        flag_values=values,
+    )
+    flags.DEFINE_integer("max_size", None, "Limit of the long side, pixels.", flag_values=values)
+    flags.DEFINE_list("crop_size", None, "Of windows: 473 or 473,713 pixels.", flag_values=values)
+    flags.DEFINE_list(
+        "stride", None, "Between windows, pixels (default: crop_size * 2/3).", flag_values=values
+    )
+
+
+def _protocol_options(values: flags.FlagValues) -> dict[str, Any]:
+    """What of a protocol the flags change."""
+    options = {
+        "scales": _numbers(values, "scales", float),
+        "flip": _value(values, "flip"),
+        "base_size": _value(values, "base_size"),
+        "max_size": _value(values, "max_size"),
+        "crop_size": _pair(values, "crop_size"),
+        "stride": _pair(values, "stride"),
+    }
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _value(values: flags.FlagValues, name: str) -> Any:

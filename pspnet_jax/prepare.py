@@ -9,6 +9,7 @@ from pspnet_jax import config as config_module
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.data import builders
 from pspnet_jax.data.folders import FolderSource
+from pspnet_jax.metric_writer import Progress
 
 log = logging.getLogger("pspnet_jax")
 
@@ -39,9 +40,15 @@ def run(config: ConfigDict, *, output: str) -> Path:
         for name in dict.fromkeys(names)
         if name is not None
     }
-    folder = builders.prepare(
-        data.root, splits, Path(output), layout=data.layout, label_set=label_set
-    )
+    with Progress(sum(map(len, splits.values())), "examples prepared") as progress:
+        folder = builders.prepare(
+            data.root,
+            splits,
+            Path(output),
+            layout=data.layout,
+            label_set=label_set,
+            on_record=progress.update,
+        )
     log.info(
         "read it with the same layout, labels and splits and --config.data.source=prepared "
         "--config.data.root=%s",

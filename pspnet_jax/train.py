@@ -37,7 +37,7 @@ from pspnet_jax.checkpoint import (
 from pspnet_jax.data import transforms
 from pspnet_jax.data.pipeline import Source, training_batches
 from pspnet_jax.losses import LossOptions
-from pspnet_jax.metric_writer import MetricWriter, Progress, log_to, write_whole
+from pspnet_jax.metric_writer import MetricWriter, TrainingProgress, log_to, write_whole
 from pspnet_jax.models.pspnet import (
     AUX_HEADS,
     FAMILIES,
@@ -126,9 +126,9 @@ class Run:
             num_workers=self.config.data.num_workers,
         )
 
-    def logging(self, *, first_step: int) -> Progress:
+    def logging(self, *, first_step: int) -> TrainingProgress:
         options = self.config.train
-        return Progress(
+        return TrainingProgress(
             MetricWriter(self.workdir, first_step=first_step, is_writer=jax.process_index() == 0),
             first_step=first_step,
             num_steps=options.num_steps,
@@ -152,7 +152,7 @@ class Run:
             label_set=self.description.label_set,
         )
 
-    def evaluate(self, step: int, state: TrainState, progress: Progress) -> float:
+    def evaluate(self, step: int, state: TrainState, progress: TrainingProgress) -> float:
         """Write the report of the parameters at hand; returns the mean IoU.
 
         Where that fails or is interrupted (an unreadable mask, Ctrl-C), the step is saved first: nothing
@@ -164,7 +164,7 @@ class Run:
             self.save(step, state, None)
             raise
 
-    def _evaluate(self, step: int, state: TrainState, progress: Progress) -> float:
+    def _evaluate(self, step: int, state: TrainState, progress: TrainingProgress) -> float:
         model = model_part(self.description, state.params, state.batch_stats)
         segmenter = Segmenter(
             self.description,

@@ -1,13 +1,16 @@
-"""Class maps as pictures: palette, overlay, and panels of input, truth and prediction.
+"""Class maps as pictures: palette, overlay, legend, panels of input, truth and prediction; PNG.
 
 Pure functions of arrays; images are RGB uint8 [height, width, 3].
 """
 
+import math
+import struct
+import zlib
 from collections.abc import Mapping, Sequence
 
 import cv2
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 from pspnet_jax.arrays import IGNORE_LABEL, LabelMap, RawImage
 
@@ -20,6 +23,9 @@ _TEXT_COLOR = (30, 30, 30)
 _MARGIN = 8
 _LINE = 22  # height of a line of text, pixels
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
+_SWATCH = 28  # width of a color in the legend of a label set, pixels
+_LEGEND_SHAPE = 4 / 3  # about its width over its height
+_SCALE = 256  # width of a gray scale, pixels
 
 
 def colorize(labels: LabelMap, palette: Palette) -> RawImage:
@@ -34,6 +40,69 @@ def overlay(
     mixed = (1 - opacity) * image + opacity * colorize(labels, palette)
     is_void = (labels == IGNORE_LABEL)[..., None]
     return np.where(is_void, image, np.rint(mixed).astype(np.uint8))
+
+
+def gray(values: Float[np.ndarray, "height width"]) -> UInt8[np.ndarray, "height width"]:
+    """Values within 0 .. 1 as gray: round(255 value), so 0 is black and 1 is white."""
+    return np.rint(255 * np.clip(values, 0, 1)).astype(np.uint8)
+
+
+def legend(names: Sequence[str], palette: Palette, *, scales: Sequence[str] = ()) -> Picture:
+    """All classes of a label set: color, id and name, in as many columns as make a page.
+
+    Args:
+        names: of the classes, in the order of their ids.
+        scales: what gray pictures show; each gets a scale from 0 (black) to 1 (white).
+    """
+    id_width = max(_text_width(str(i)) for i in range(len(names)))
+    name_left = _MARGIN + _SWATCH + 8 + id_width + 8
+    widths = [name_left + _text_width(name) + 2 * _MARGIN for name in names]
+
+    def shape(num_rows: int) -> float:
+        columns = [max(widths[i : i + num_rows]) for i in range(0, len(names), num_rows)]
+        return sum(columns) / (num_rows * _LINE)
+
+    rows_of_columns = [
+        -(-len(names) // n) for n in range(1, len(names) + 1)
+    ]  # columns of one length
+    num_rows = min(rows_of_columns, key=lambda n: abs(math.log(shape(n) / _LEGEND_SHAPE)))
+    columns = []
+    for first in range(0, len(names), num_rows):
+        ids = range(first, min(first + num_rows, len(names)))
+        column = _blank(num_rows * _LINE, max(widths[i] for i in ids))
+        for row, i in enumerate(ids):
+            _draw_class(column[row * _LINE :], i, names[i], palette, name_left)
+        columns.append(column)
+    parts = [np.concatenate(columns, axis=1), *map(_gray_scale, scales)]
+    width = max(part.shape[1] for part in parts)
+    border = _blank(_MARGIN, width)
+    return np.concatenate([border, *(_widened(part, width) for part in parts), border])
+
+
+def encode_png(picture: RawImage | LabelMap) -> bytes:
+    """A PNG file of an RGB picture, or of one channel."""
+    swapped = picture[..., ::-1] if picture.ndim == 3 else picture
+    return cv2.imencode(".png", swapped)[1].tobytes()
+
+
+def encode_indexed_png(labels: LabelMap, palette: Palette) -> bytes:
+    """A PNG file that holds ids and shows their colors: color type 3 of the PNG specification.
+
+    OpenCV reads its colors, Pillow its ids.
+    """
+    height, width = labels.shape
+    rows = np.zeros((height, 1 + width), np.uint8)  # each row starts with its filter: 0 is none
+    rows[:, 1:] = labels
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0),
+        b"PLTE": palette.tobytes(),
+        b"IDAT": zlib.compress(rows.tobytes(), 6),
+        b"IEND": b"",
+    }
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks.items()
+    )
 
 
 def panel(
@@ -82,7 +151,41 @@ def _titled(title: str, picture: Picture) -> Picture:
 
 
 def _space(column: Picture) -> Picture:
-    return np.full((column.shape[0], _MARGIN, 3), _BACKGROUND, np.uint8)
+    return _blank(column.shape[0], _MARGIN)
+
+
+def _blank(height: int, width: int) -> Picture:
+    return np.full((height, width, 3), _BACKGROUND, np.uint8)
+
+
+def _draw_class(
+    canvas: Picture, class_id: int, name: str, palette: Palette, name_left: int
+) -> None:
+    """Color, id (right-aligned) and name at the top left of `canvas`."""
+    color = canvas[3 : _LINE - 3, _MARGIN : _MARGIN + _SWATCH]
+    color[:] = _TEXT_COLOR  # a frame: classes may be white
+    color[1:-1, 1:-1] = palette[class_id]
+    number = str(class_id)
+    _write(canvas, number, (name_left - 8 - _text_width(number), 15))
+    _write(canvas, name, (name_left, 15))
+
+
+def _gray_scale(title: str) -> Picture:
+    """'0 [from black to white] 1  TITLE' on one line."""
+    left = _MARGIN + 14
+    right = left + _SCALE + 2
+    canvas = _blank(_LINE + _MARGIN, right + 32 + _text_width(title) + _MARGIN)
+    line = canvas[_MARGIN:]
+    _write(line, "0", (_MARGIN, 15))
+    line[3 : _LINE - 3, left:right] = _TEXT_COLOR
+    line[4 : _LINE - 4, left + 1 : right - 1] = np.arange(_SCALE, dtype=np.uint8)[:, None]
+    _write(line, "1", (right + 6, 15))
+    _write(line, title, (right + 28, 15))
+    return canvas
+
+
+def _widened(picture: Picture, width: int) -> Picture:
+    return np.concatenate([picture, _blank(len(picture), width - picture.shape[1])], axis=1)
 
 
 def _legend(
@@ -91,7 +194,7 @@ def _legend(
     lines: list[list[tuple[int, int]]] = [[]]  # of (class id, left edge)
     left = _MARGIN
     for class_id in class_ids:
-        (text_width, _), _ = cv2.getTextSize(names[class_id], _FONT, 0.45, 1)
+        text_width = _text_width(names[class_id])
         if left + 20 + text_width > width and lines[-1]:
             lines.append([])
             left = _MARGIN
@@ -105,6 +208,10 @@ def _legend(
             canvas[top + 1 : top + 11, left + 1 : left + 13] = palette[class_id]
             _write(canvas, names[class_id], (left + 19, top + 11))
     return canvas
+
+
+def _text_width(text: str) -> int:
+    return cv2.getTextSize(text, _FONT, 0.45, 1)[0][0]
 
 
 def _write(canvas: Picture, text: str, position: tuple[int, int]) -> None:

@@ -30,6 +30,8 @@ LAYERS = [
     [
         "report",
         "evaluate",
+        "image_files",
+        "submission",
         "predict",
         "advice",
         "check_report",

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from pspnet_jax import check, check_report
+from pspnet_jax import check, check_report, metric_writer
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.config import default_config
 from pspnet_jax.data.folders import FolderSource
@@ -77,11 +77,12 @@ def test_nothing_wrong(tmp_path, capsys):
 
 def test_progress_without_a_terminal_is_lines(tmp_path, capsys, monkeypatch):
     good_data(tmp_path)
-    monkeypatch.setattr(check, "_SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(metric_writer, "_SECONDS_BETWEEN_LINES", 0.0)
     check.run(config_of(tmp_path))
-    assert capsys.readouterr().err.splitlines() == [
-        *(f"train: {i}/4 images" for i in range(1, 5)),
-        *(f"val: {i}/3 images" for i in range(1, 4)),
+    counts = [line.split("  ")[0] for line in capsys.readouterr().err.splitlines()]
+    assert counts == [
+        *(f"{i}/4 images of train" for i in (1, 2, 3, 4, 4)),
+        *(f"{i}/3 images of val" for i in (1, 2, 3, 3)),
     ]
 
 

@@ -91,11 +91,31 @@ def test_predict_writes_class_maps_palettes_and_overlays(run, data, tmp_path):
     np.testing.assert_array_equal(colors, segmenter.label_set.palette[found])
 
 
+def test_predict_takes_the_options_of_protocols_and_more_outputs(run, tmp_path):
+    image = example(37, 61).image
+    write_image(tmp_path / "photo.png", image)
+    argv = ["predict", f"--checkpoint={run}", f"--output={tmp_path / 'out'}"]
+    argv += ["--noflip", "--confidence", "--entropy", "--probabilities", "--outputs=class_maps"]
+    assert main([*argv, str(tmp_path / "*.png")]) == 0
+    kinds = {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()}
+    assert kinds == {"class_maps", "confidence", "entropy", "probabilities"}
+    expected = np.asarray(pspnet_jax.load(run).probabilities(image, flip=False))
+    found = np.load(tmp_path / "out/probabilities/photo.npy")
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    confidence = cv2.imread(str(tmp_path / "out/confidence/photo.png"), cv2.IMREAD_UNCHANGED)
+    np.testing.assert_allclose(confidence / 255, expected.max(-1), atol=0.003)
+    entropy = cv2.imread(str(tmp_path / "out/entropy/photo.png"), cv2.IMREAD_UNCHANGED)
+    exact = -(expected * np.log(expected)).sum(-1) / np.log(11)
+    np.testing.assert_allclose(entropy / 255, exact, atol=0.003)
+
+
 def test_predict_overwrites_only_when_told(run, data, tmp_path, capsys):
     argv = ["predict", f"--checkpoint={run}", f"--output={tmp_path}", str(data / "images/val")]
     assert main(argv) == 0
     assert "--overwrite" in fails(capsys, argv, code=1)
     assert main([*argv, "--overwrite"]) == 0
+    assert main([*argv, "--resume"]) == 0
+    assert "3 of 3 images have their results" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -112,6 +132,8 @@ def test_predict_overwrites_only_when_told(run, data, tmp_path, capsys):
         (["evaluate", "--output=x"], "--checkpoint=... is missing"),
         (["evaluate", "--overwrite", "--checkpoint=x"], "overwrite"),
         (["predict", "--checkpoint=x", "a.jpg"], "--output=... is missing"),
+        (["predict", "--checkpoint=x", "--output=y", "--scales=a"], "--scales=a must be numbers"),
+        (["predict", "--checkpoint=x", "--output=y", "--max_size=a"], "max_size"),
         (
             ["evaluate", "--checkpoint=x", f"--config={CONFIG}", "--config.evaluate.flip=False"],
             "evaluate does not use --config.evaluate.flip",

@@ -40,8 +40,9 @@ def open_split(source, root, split):
 def test_prepares_the_splits_of_the_config(data, tmp_path, capsys):
     argv = [f"--config={CONFIG}", f"--config.data.root={data}", f"--output={tmp_path / 'out'}"]
     assert main(["prepare", *argv]) == 0
-    printed = capsys.readouterr().out
-    assert printed.rstrip().endswith(f"prepared: {tmp_path / 'out/prepared/1.0.0'}")
+    captured = capsys.readouterr()
+    assert captured.out.rstrip().endswith(f"prepared: {tmp_path / 'out/prepared/1.0.0'}")
+    assert captured.err.startswith("5/5 examples prepared  ")
     for split in ("train", "val"):
         folder, source = (
             open_split("folder", data, split),

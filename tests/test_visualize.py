@@ -1,9 +1,24 @@
 """Pictures of class maps."""
 
+import struct
+import zlib
+
+import cv2
 import numpy as np
+import pytest
 
 from pspnet_jax.catalog import load_label_set
-from pspnet_jax.visualize import colorize, grid, overlay, panel
+from pspnet_jax.data import headers
+from pspnet_jax.visualize import (
+    colorize,
+    encode_indexed_png,
+    encode_png,
+    gray,
+    grid,
+    legend,
+    overlay,
+    panel,
+)
 
 BUDGET_SECONDS = 10
 
@@ -62,3 +77,51 @@ def test_grid_fills_up_with_white():
     assert not made[:3, 9:].any()
     assert (made[12:, 9:] == 255).all()
     assert (made == 0).all(axis=2).sum() == 20 + 27 + 8
+
+
+def test_gray_rounds_and_stays_within_its_range():
+    values = np.array([[0.0, 1.0, 0.5, 0.2], [-0.1, 1.1, 0.0019, 0.0021]], np.float32)
+    assert gray(values).tolist() == [[0, 255, 128, 51], [0, 255, 0, 1]]
+
+
+@pytest.mark.parametrize("labels", ["ade20k", "cityscapes", "scenes"])
+def test_legend_shows_every_class_once_in_columns(labels):
+    label_set = load_label_set(labels)
+    made = legend(label_set.names, label_set.palette)
+    assert 0.8 < made.shape[1] / made.shape[0] < 2.2
+    shown = [tuple(color) for color in made.reshape(-1, 3).tolist()]
+    for color in set(label_set.colors):
+        at_least = 26 * 14 * label_set.colors.count(color)
+        assert shown.count(color) >= at_least, color
+    assert (made[:, -1] == 255).all()
+    assert (made[-8:] == 255).all()
+
+
+def test_gray_scales_stand_below_the_classes():
+    label_set = load_label_set("camvid")
+    plain = legend(label_set.names, label_set.palette)
+    made = legend(label_set.names, label_set.palette, scales=("a scale of confidence", "another"))
+    np.testing.assert_array_equal(made[: len(plain) - 8, : plain.shape[1]], plain[:-8])
+    ramp = np.arange(256, dtype=np.uint8)
+    below = made[len(plain) :, :, 0]
+    rows = [row for row in below if any((row[i : i + 256] == ramp).all() for i in range(40))]
+    assert len(rows) >= 2 * 10
+
+
+def test_indexed_png_holds_the_ids_and_shows_the_colors():
+    labels = np.random.default_rng(0).integers(0, 11, (13, 7)).astype(np.uint8)
+    encoded = encode_indexed_png(labels, PALETTE)
+    shown = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED)[..., ::-1]
+    np.testing.assert_array_equal(shown, colorize(labels, PALETTE))
+    assert headers.parse(encoded).has_palette
+    start = encoded.index(b"IDAT")
+    (length,) = struct.unpack(">I", encoded[start - 4 : start])
+    rows = np.frombuffer(zlib.decompress(encoded[start + 4 : start + 4 + length]), np.uint8)
+    np.testing.assert_array_equal(rows.reshape(13, 8)[:, 1:], labels)
+
+
+def test_png_of_one_and_three_channels():
+    picture = np.random.default_rng(0).integers(0, 256, (5, 6, 3)).astype(np.uint8)
+    for image in (picture, picture[..., 0]):
+        found = cv2.imdecode(np.frombuffer(encode_png(image), np.uint8), cv2.IMREAD_UNCHANGED)
+        np.testing.assert_array_equal(found if image.ndim == 2 else found[..., ::-1], image)

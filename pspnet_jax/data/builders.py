@@ -17,7 +17,6 @@ import logging
 import os
 import re
 import shutil
-import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stdout
@@ -36,7 +35,6 @@ from pspnet_jax.data.layouts import DataError, Pair
 
 NAME, VERSION = "prepared", "1.0.0"  # the version of what a record holds
 SHARD_BYTES = 256 << 20
-_SECONDS_BETWEEN_LINES = 15.0
 
 log = logging.getLogger("pspnet_jax")
 
@@ -48,6 +46,7 @@ def prepare(
     *,
     layout: str,
     label_set: LabelSet,
+    on_record: Callable[[], object] = lambda: None,
 ) -> Path:
     """Write all splits of a data set, or find that they were written.
 
@@ -55,6 +54,7 @@ def prepare(
         root: the folder that the splits were read from; stored names are relative to it.
         splits: by name, as `data.train_split` has it.
         output: what `data.root` is when they are read.
+        on_record: called after each example, for whoever shows how far it is.
 
     Returns:
         The folder of the record files. A preparation that is stopped leaves nothing of that name.
@@ -79,7 +79,9 @@ def prepare(
             f"{output} has {free / 1e9:.2f} GB free, the files of the data set are "
             f"{num_bytes / 1e9:.2f} GB: choose another --output"
         )
-    builder = _Builder(root, splits, contents, data_dir=output, file_format="array_record")
+    builder = _Builder(
+        root, splits, contents, on_record, data_dir=output, file_format="array_record"
+    )
     tfds.disable_progress_bar()
     try:
         with (
@@ -175,9 +177,15 @@ class _Builder(tfds.core.ShardBasedBuilder, skip_registration=True):
     name = NAME
 
     def __init__(
-        self, root: str, splits: Mapping[str, FolderSource], contents: dict, **options: Any
+        self,
+        root: str,
+        splits: Mapping[str, FolderSource],
+        contents: dict,
+        on_record: Callable[[], object],
+        **options: Any,
     ):
         self._root, self._splits, self._contents = Path(root), splits, contents
+        self._on_record = on_record
         super().__init__(**options)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -214,7 +222,6 @@ class _Builder(tfds.core.ShardBasedBuilder, skip_registration=True):
     def _records(
         self, split: str, pairs: list[Pair], indices: range
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        last_line = time.monotonic()
         for index in indices:
             pair = pairs[index]
             # TFDS keeps what is yielded until the shard is written, so files are paths, not bytes.
@@ -229,10 +236,7 @@ class _Builder(tfds.core.ShardBasedBuilder, skip_registration=True):
                     "mask_file": _relative(pair.mask, self._root),
                 },
             )
-            if time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
-                last_line = time.monotonic()
-                log.info("%s: prepared %d/%d examples", split, index + 1, len(pairs))
-        log.info("%s: prepared %d/%d examples", split, indices.stop, len(pairs))
+            self._on_record()
 
 
 def _describe(splits: Mapping[str, FolderSource], layout: str, label_set: LabelSet) -> dict:

@@ -26,6 +26,7 @@ _USED_OPTIONS = {
         "--config.data.",
         "--config.evaluate.split=",
         "--config.evaluate.batch_size=",
+        "--config.evaluate.canvas_gib=",
     ),
     "prepare": ("--config.data.", "--config.evaluate.split="),
 }
@@ -369,7 +370,10 @@ def _define_output(values: flags.FlagValues, meaning: str) -> None:
 
 def _define_protocol(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
-        "protocol", None, "whole or semseg (default: the checkpoint's).", flag_values=values
+        "protocol",
+        None,
+        "whole, semseg, caffe, mmseg-whole, mmseg-slide or csail (default: the checkpoint's).",
+        flag_values=values,
     )
     flags.DEFINE_list(
         "scales", None, "Factors of base_size, e.g. 0.5,0.75,1,1.25,1.5,1.75.", flag_values=values

@@ -19,6 +19,7 @@ from pspnet_jax.catalog import load_label_set
 from pspnet_jax.checkpoint import CheckpointFolder
 from pspnet_jax.main import main
 from pspnet_jax.models.pspnet import IMAGENET_8BIT
+from pspnet_jax.parallel import make_mesh
 from pspnet_jax.segmenter import Description, Provenance, Segmenter, StoredModel, model_part
 from pspnet_jax.train_step import split_model
 from pspnet_jax.windows import choose
@@ -46,6 +47,7 @@ def segmenter_of(stored: StoredModel) -> Segmenter:
         part["params"],
         part["batch_stats"],
         provenance=Provenance("", stored.step, ""),
+        mesh=make_mesh(jax.devices()[:1]),  # one image on eight devices is eight times the work
     )
 
 

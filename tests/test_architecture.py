@@ -27,6 +27,8 @@ LAYERS = [
     ["train_step", "windows"],
     ["segmenter"],
     [
+        "report_text",
+        "report_html",
         "report",
         "evaluate",
         "predict",

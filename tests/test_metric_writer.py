@@ -3,7 +3,9 @@
 import json
 import math
 
-from pspnet_jax.metric_writer import MetricWriter, progress_line
+import pytest
+
+from pspnet_jax.metric_writer import MetricWriter, Progress, log_to, progress_line
 
 BUDGET_SECONDS = 10
 
@@ -42,6 +44,16 @@ def test_only_the_first_process_writes(tmp_path):
     writer.write(1, {"loss": 1.0}, timing={})
     writer.close()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("is_writer", [True, False])
+def test_only_the_first_process_says_what_an_evaluation_found(tmp_path, capsys, is_writer):
+    log_to(None)
+    writer = MetricWriter(tmp_path, first_step=0, is_writer=is_writer)
+    options = {"first_step": 0, "num_steps": 9, "log_every_steps": 1, "images_per_step": 1}
+    with Progress(writer, **options) as progress:
+        progress.log_evaluation(5, {"mean_iou": 0.5}, "what was found", seconds=1.0)
+    assert ("step 5: what was found" in capsys.readouterr().out) == is_writer
 
 
 def test_progress_line():

@@ -196,7 +196,7 @@ def resize(x: Maps, size: Pair, *, align_corners: bool) -> Maps:
 
 
 def shifted_resize_matrices(
-    size: int, new_size: int, *, num_shifts: int, align_corners: bool
+    size: Size, new_size: Size, *, num_shifts: int, align_corners: bool
 ) -> Float[jax.Array, "new_size shifts size"]:
     """`resize_matrix` moved by -r .. r samples, where num_shifts = 2 r + 1, with zero rows beyond the ends.
 

@@ -100,7 +100,7 @@ class Segmenter:
         params: its parameters, nested dictionaries of arrays.
         batch_stats: its batch statistics, likewise.
         provenance: where the weights come from, for reports.
-        mesh: devices over which batches are split (default: all).
+        mesh: devices over which batches are split (default: all of this process).
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Segmenter:
     ):
         self.description, self.provenance = description, provenance
         self.label_set, self.protocol = description.label_set, description.protocol
-        self._mesh = parallel.make_mesh() if mesh is None else mesh
+        self._mesh = parallel.make_mesh(jax.local_devices()) if mesh is None else mesh
         everywhere = parallel.replicated(self._mesh)
         self._state = jax.device_put((params, batch_stats), everywhere)
 

@@ -168,10 +168,9 @@ class Run:
         model = model_part(self.description, state.params, state.batch_stats)
         segmenter = Segmenter(
             self.description,
-            state.params,
-            state.batch_stats,
+            parallel.on_this_process(state.params),
+            parallel.on_this_process(state.batch_stats),
             provenance=Provenance(str(self.workdir), step, digest(model)),
-            mesh=self.mesh,
         )
         result = evaluate.evaluate(
             segmenter,
@@ -183,7 +182,7 @@ class Run:
         write_report(
             folder, result, segmenter.provenance, self.validation, split=self.config.evaluate.split
         )
-        message = f"{summary(result)}\n{folder / 'panels' / 'overview.png'}"
+        message = f"{summary(result)}\n{folder / 'report.html'}"
         progress.log_evaluation(step, result.scalars, message, seconds=result.seconds)
         return result.scores.mean_iou
 

@@ -28,6 +28,8 @@ LAYERS = [
     ["train_step", "protocols", "windows", "canvas", "stream"],
     ["segmenter"],
     [
+        "report_text",
+        "report_html",
         "report",
         "evaluate",
         "image_files",

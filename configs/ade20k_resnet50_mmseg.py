@@ -13,7 +13,7 @@ reproduced here (no data and weights at hand):
 The recipe is theirs: keep-ratio resize, crops that no class fills, changes of color, weight decay 5e-4, one learning
 rate for all, falling to 1e-4, a loss divided by all pixels, batches of 16. The network is the authors' (deep stem
 64/64/128, dilation from the first block on, corners aligned), with crops of 513 instead of 512 because its sides
-are 8n + 1; and evaluation is by the authors' protocol. resnet50_v2.pth holds the ImageNet weights that the authors distribute
+are 8n + 1; evaluation is by their protocol `mmseg-whole`. resnet50_v2.pth holds the ImageNet weights that the authors distribute
 (github.com/hszhao/semseg).
 
 DIR is ADEChallengeData2016.zip of the scene parsing challenge (sceneparsing.csail.mit.edu), unpacked: 20,210
@@ -38,6 +38,5 @@ def get_config():
     config.optimizer.head_multiplier = 1.0
 
     config.train.num_steps = 80_000
-    config.evaluate.protocol = "semseg"
-    config.evaluate.batch_size = 2  # windows; an image of 512 x 384 has two
+    config.evaluate.protocol = "mmseg-whole"
     return config

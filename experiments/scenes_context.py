@@ -9,6 +9,7 @@ names that follow from it differ. Writes results.json and results.md into the ou
 
 import argparse
 import importlib.util
+import itertools
 import json
 from pathlib import Path
 
@@ -46,17 +47,16 @@ def measure(segmenter: pspnet_jax.Segmenter, *, swapped: bool, num_images: int) 
     """Mean IoU over all classes, the ambiguous ones and the others, on validation images."""
     confusion = np.zeros((LABEL_SET.num_classes,) * 2, np.int64)
     indices = list(SPLITS["val"])[:num_images]
-    for start in range(0, len(indices), 20):
-        pairs = [render(0, index, swapped=swapped) for index in indices[start : start + 20]]
-        images = np.stack([image for image, _ in pairs])
-        maps = segmenter.class_maps(images, protocol=segmenter.protocol)
-        for (_, labels), class_map in zip(pairs, maps, strict=True):
-            confusion += confusion_matrix(labels, class_map, LABEL_SET.num_classes)
-    found = scores(confusion, absent_class="skip")
+    pairs = (render(0, index, swapped=swapped) for index in indices)
+    images, labels = itertools.tee(pairs)
+    found = segmenter.predict((image for image, _ in images), batch_size=20)
+    for (_, truth), prediction in zip(labels, found, strict=True):
+        confusion += confusion_matrix(truth, prediction.class_map, LABEL_SET.num_classes)
+    total = scores(confusion, absent_class="skip")
     return {
-        "mean_iou": found.mean_iou,
-        "ambiguous": float(np.nanmean(found.iou[AMBIGUOUS])),
-        **group_iou(found.iou, LABEL_SET.groups),
+        "mean_iou": total.mean_iou,
+        "ambiguous": float(np.nanmean(total.iou[AMBIGUOUS])),
+        **group_iou(total.iou, LABEL_SET.groups),
     }
 
 

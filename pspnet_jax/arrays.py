@@ -19,6 +19,8 @@ AnyArray = jax.Array | np.ndarray
 
 RawImage = UInt8[np.ndarray, "height width 3"]
 """One photograph: RGB, 0 .. 255."""
+AnyImage = Shaped[np.ndarray, "_height _width 3"]
+"""A photograph at some size, 8 bit or floating, 0 .. 255."""
 LabelMap = UInt8[np.ndarray, "height width"]
 """One mask of train ids, or one predicted class map."""
 
@@ -32,6 +34,18 @@ Logits = Float[jax.Array, "batch height width classes"]
 Probabilities = Float32[jax.Array, "batch height width classes"]
 PresenceLogits = Float[jax.Array, "batch classes"]
 Scalar = Shaped[jax.Array, ""]
+
+
+class Prediction(NamedTuple):
+    """What is predicted of one image, on the host."""
+
+    class_map: LabelMap
+    """The most probable class of each pixel."""
+    confidence: Float32[np.ndarray, "height width"] | None = None
+    """Probability of that class, 0 .. 1."""
+    entropy: Float32[np.ndarray, "height width"] | None = None
+    """Of the class probabilities, divided by its largest possible value log(classes): 0 .. 1."""
+    probabilities: Float[np.ndarray, "height width classes"] | None = None
 
 
 class Example(NamedTuple):

@@ -106,13 +106,17 @@ def default_config() -> ConfigDict:
 
     evaluate = config.evaluate = ConfigDict()
     evaluate.split = placeholder(str)  # None = data.val_split
-    evaluate.protocol = "whole"  # whole | semseg
-    evaluate.scales = placeholder(tuple)  # factors of base_size, e.g. (0.5, 1.0); semseg only
+    # whole | semseg | caffe | mmseg-whole | mmseg-slide | csail: see protocols.py. What is None is the
+    # protocol's own; what a protocol does not have cannot be set.
+    evaluate.protocol = "whole"
+    evaluate.scales = placeholder(tuple)  # factors of base_size, e.g. (0.5, 1.0)
     evaluate.flip = placeholder(bool)  # average with the probabilities of the mirror image
-    evaluate.base_size = placeholder(int)  # long side at scale 1, pixels; semseg only
+    evaluate.base_size = placeholder(int)  # long or short side at scale 1, pixels
+    evaluate.max_size = placeholder(int)  # what the long side may not pass, pixels
     evaluate.crop_size = placeholder(tuple)  # (height, width) of windows; None = data.crop_size
-    evaluate.stride = placeholder(tuple)  # between windows, down and across, pixels; semseg only
-    evaluate.batch_size = 1  # images of equal size (semseg: windows) that go through together
+    evaluate.stride = placeholder(tuple)  # between windows, down and across, pixels
+    evaluate.batch_size = 1  # windows, or images of equal size, that go through together
+    evaluate.canvas_gib = 2.0  # device memory for scores of unfinished images, beside the network's
     return config.lock()
 
 
@@ -189,15 +193,17 @@ _CONSTRAINTS: dict[str, tuple[Callable, str]] = {
     "train.log_every_steps": _COUNT,
     "train.evaluate_every_steps": _COUNT,
     "train.checkpoint_every_steps": _COUNT,
-    "evaluate.protocol": _one_of("whole", "semseg"),
+    "evaluate.protocol": _one_of("whole", "semseg", "caffe", "mmseg-whole", "mmseg-slide", "csail"),
     "evaluate.scales": (
         lambda x: len(x) > 0 and all(0 < v <= 100 for v in x),
         "factors above 0, at most 100, e.g. '(0.5,1.0)'",
     ),
     "evaluate.base_size": _COUNT,
+    "evaluate.max_size": _COUNT,
     "evaluate.crop_size": _PAIR,
     "evaluate.stride": _PAIR,
     "evaluate.batch_size": _COUNT,
+    "evaluate.canvas_gib": _POSITIVE,
 }
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from flax import nnx
 
-from pspnet_jax import windows
+from pspnet_jax import protocols
 from pspnet_jax.catalog import LabelSet, load_label_set
 from pspnet_jax.checkpoint import CheckpointFolder, flatten, unflatten
 from pspnet_jax.config import default_config
@@ -102,7 +102,7 @@ def _convert_network(
         raise FileExistsError(f"{output} holds a model already; choose another --output")
     _check_classes(weights, label_set, file)
     family = FAMILIES[options.family]
-    protocol = windows.choose(family.protocol, label_set)
+    protocol = protocols.choose(family.protocol, label_set)
     description = Description(options, label_set, family.normalization, protocol)
     _, params, batch_stats = structure(description)
     shapes = {path: tuple(x.shape) for path, x in (flatten(params) | flatten(batch_stats)).items()}

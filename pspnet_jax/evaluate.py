@@ -1,26 +1,33 @@
 """Evaluation: a segmenter over a split of a data set.
 
 * Training and the verb `evaluate` call the same `evaluate`, so there is one number.
-* Images of equal size that follow each other go through together; each size compiles once.
+* Processes share the images and nothing else: what they counted is added up at the end.
 """
 
+import base64
+import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from pspnet_jax import config as config_module
-from pspnet_jax.arrays import Batch, Example, LabelMap
+from pspnet_jax import parallel
+from pspnet_jax.arrays import LabelMap, RawImage
 from pspnet_jax.catalog import LabelSet, load_label_set
 from pspnet_jax.data.pipeline import Source, evaluation_examples, open_source
-from pspnet_jax.metrics import confusion_matrix
-from pspnet_jax.report import Evaluation, panel_indices, summary, write_report
+from pspnet_jax.metrics import Confusion, ImageScore, confusion_matrix, image_score
+from pspnet_jax.protocols import Protocol
+from pspnet_jax.report import Evaluation, panel_indices, ranks, summary, write_report
 from pspnet_jax.segmenter import Segmenter, load
-from pspnet_jax.windows import Protocol
 
 _SECONDS_BETWEEN_LINES = 15.0
 
@@ -28,50 +35,121 @@ log = logging.getLogger("pspnet_jax")
 
 
 def evaluate(
-    segmenter: Segmenter, source: Source, *, protocol: Protocol, batch_size: int
+    segmenter: Segmenter,
+    source: Source,
+    *,
+    protocol: Protocol,
+    batch_size: int,
+    canvas_gib: float = 2.0,
 ) -> Evaluation:
     """Predict every image of a source and count pixels by (true, predicted) class.
 
+    Of several processes each predicts every n-th image; all of them call this, and all receive the whole
+    evaluation.
+
     Args:
-        batch_size: images that go through together, or windows under a protocol that has them.
+        batch_size: windows, or whole images of equal size, that go through together.
+        canvas_gib: limit of device memory for class scores of unfinished images, GiB.
     """
-    label_set = segmenter.label_set
-    confusion = np.zeros((label_set.num_classes,) * 2, np.int64)
-    shown = set(panel_indices(len(source)))
-    predictions: dict[int, LabelMap] = {}
+    start = time.monotonic()
+    part = evaluate_part(
+        segmenter,
+        source,
+        protocol=protocol,
+        batch_size=batch_size,
+        canvas_gib=canvas_gib,
+        process_index=jax.process_index(),
+        num_processes=jax.process_count(),
+    )
+    scored = sorted(ImageScore(*row) for row in _gather_rows(part.image_scores))
+    assert [score.index for score in scored] == list(range(len(source))), (
+        f"{len(scored)} images were evaluated, the split has {len(source)}"
+    )
+    ranked = ranks(scored)
+    shown = {*panel_indices(len(source)), *(i for chosen in ranked.values() for i in chosen)}
+    return Evaluation(
+        confusion=parallel.sum_over_processes(part.confusion),
+        images=scored,
+        ranked=ranked,
+        seconds=time.monotonic() - start,
+        predictions=_gather_maps(part, shown),
+        protocol=protocol,
+        label_set=segmenter.label_set,
+    )
+
+
+@dataclass
+class Part:
+    """What one process found."""
+
+    confusion: Confusion
+    image_scores: list[ImageScore] = field(default_factory=list)
+    compressed: dict[int, tuple[tuple[int, int], bytes]] = field(default_factory=dict)
+    """Index -> (height, width) and zlib bytes of the class map: which ones are shown is known at the end."""
+
+    def add(self, index: int, truth: LabelMap, prediction: LabelMap) -> None:
+        confusion = confusion_matrix(truth, prediction, len(self.confusion))
+        self.confusion += confusion
+        self.image_scores.append(image_score(index, confusion))
+        height, width = prediction.shape
+        self.compressed[index] = (height, width), zlib.compress(prediction.tobytes(), level=1)
+
+
+def evaluate_part(
+    segmenter: Segmenter,
+    source: Source,
+    *,
+    protocol: Protocol,
+    batch_size: int,
+    canvas_gib: float = 2.0,
+    process_index: int = 0,
+    num_processes: int = 1,
+) -> Part:
+    """The images process_index, process_index + num_processes, ... of a source."""
+    part = Part(np.zeros((segmenter.label_set.num_classes,) * 2, np.int64))
+    # `predict` reads images ahead of what it gives back.
+    waiting: deque[tuple[int, LabelMap]] = deque()
+
+    def images() -> Iterator[RawImage]:
+        for example in evaluation_examples(
+            source, process_index=process_index, num_processes=num_processes
+        ):
+            waiting.append((int(example.index), example.labels))
+            yield example.image
+
     start = last_line = time.monotonic()
-    num_done = 0
-    num_images = 1 if protocol.slides else batch_size
-    for batch in equal_size_batches(evaluation_examples(source), num_images):
-        class_maps = segmenter.class_maps(
-            batch.images, protocol=protocol, windows_per_pass=batch_size
-        )
-        for i in np.flatnonzero(batch.valid):
-            truth = np.asarray(batch.labels[i])
-            confusion += confusion_matrix(truth, class_maps[i], label_set.num_classes)
-            if int(batch.index[i]) in shown:
-                predictions[int(batch.index[i])] = class_maps[i]
-        num_done += int(batch.valid.sum())
-        if time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
+    num_images = len(range(process_index, len(source), num_processes))
+    predictions = segmenter.predict(
+        images(), protocol=protocol, batch_size=batch_size, canvas_gib=canvas_gib
+    )
+    for num_done, prediction in enumerate(predictions, start=1):
+        index, truth = waiting.popleft()
+        part.add(index, truth, prediction.class_map)
+        if time.monotonic() - last_line > _SECONDS_BETWEEN_LINES and process_index == 0:
             last_line = time.monotonic()
             rate = num_done / (last_line - start)
-            log.info("evaluated %d/%d images, %.2g images/s", num_done, len(source), rate)
-    seconds = time.monotonic() - start
-    return Evaluation(confusion, num_done, seconds, predictions, protocol, label_set)
+            log.info("evaluated %d/%d images, %.2g images/s", num_done, num_images, rate)
+    return part
 
 
-def equal_size_batches(examples: Iterable[Example], batch_size: int) -> Iterator[Batch]:
-    """Consecutive examples of equal size as batches of exactly `batch_size`, filled up with copies."""
-    waiting: list[Example] = []
-    for example in examples:
-        if waiting and (
-            example.image.shape != waiting[0].image.shape or len(waiting) == batch_size
-        ):
-            yield _stacked(waiting, batch_size)
-            waiting = []
-        waiting.append(example)
-    if waiting:
-        yield _stacked(waiting, batch_size)
+def _gather_rows(rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """The rows of all processes, as JSON carries them."""
+    parts = parallel.gather(json.dumps(rows).encode())
+    return [row for part in parts for row in json.loads(part)]
+
+
+def _gather_maps(part: Part, indices: Iterable[int]) -> dict[int, LabelMap]:
+    """The class maps of these images, whichever process has them."""
+    mine = []
+    for index in sorted(indices):
+        if index in part.compressed:
+            size, compressed = part.compressed[index]
+            mine.append((index, size, base64.b64encode(compressed).decode()))
+    found = {}
+    for index, size, encoded in _gather_rows(mine):
+        pixels = zlib.decompress(base64.b64decode(encoded))
+        found[index] = np.frombuffer(pixels, np.uint8).reshape(size)
+    return found
 
 
 def open_split(data: ConfigDict, *, split: str, label_set: LabelSet) -> Source:
@@ -140,9 +218,10 @@ def run(
         )
     )
     contents = write_report(folder, evaluation, segmenter.provenance, source, split=split)
-    log.info("%s", summary(evaluation))
-    log.info("%s", folder / "report.md")
-    log.info("%s", folder / "panels" / "overview.png")
+    if jax.process_index() == 0:
+        log.info("%s", summary(evaluation))
+        for name in ("report.html", "report.md", "panels/overview.png"):
+            log.info("%s", folder / name)
     return contents
 
 
@@ -168,13 +247,3 @@ def _find_data(
             f"'{stored_set.name}' with {stored_set.num_classes}"
         )
     return config, label_set
-
-
-def _stacked(examples: list[Example], batch_size: int) -> Batch:
-    filled = examples + [examples[-1]] * (batch_size - len(examples))
-    return Batch(
-        images=np.stack([example.image for example in filled]),
-        labels=np.stack([example.labels for example in filled]),
-        index=np.array([example.index for example in filled], np.int32),
-        valid=np.arange(batch_size) < len(examples),
-    )

@@ -1,39 +1,89 @@
-"""Export: a model trained or converted here -> a file with published names and layout."""
+"""Export: a model trained or converted here -> a file that is used without this package.
 
+* `safetensors`: the weights under the names and in the layout in which the family publishes them.
+* `stablehlo`: the function raw images -> class scores with its weights, read by `jax.export` alone. Batch,
+  height and width are symbols in it: one file for images of any size, on any of its platforms.
+* A file appears when it is complete, and none is overwritten.
+"""
+
+import functools
 import json
 import logging
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.export
 import numpy as np
+from flax import nnx
 
 from pspnet_jax.checkpoint import flatten
-from pspnet_jax.segmenter import read_checkpoint
+from pspnet_jax.models.pspnet import FAMILIES
+from pspnet_jax.segmenter import (
+    Description,
+    StoredModel,
+    logits_function,
+    read_checkpoint,
+    structure,
+)
+from pspnet_jax.version import __version__
 from pspnet_jax.weights import names, safetensors
 
-FORMATS = ("safetensors",)
+FORMATS = ("safetensors", "stablehlo")
+PLATFORMS = ("cpu", "cuda", "tpu")
 
 log = logging.getLogger("pspnet_jax")
 
 
-def run(checkpoint: str, *, format: str, output: str, step: str = "best") -> Path:
-    """The verb `export`: the names and the layout in which the family's published weights come.
+def run(
+    checkpoint: str,
+    *,
+    format: str,
+    output: str,
+    step: str = "best",
+    platforms: tuple[str, ...] | None = None,
+) -> Path:
+    """The verb `export`.
 
     Args:
         checkpoint: folder of a run or of a converted model.
-        format: 'safetensors'.
-        output: the file.
+        format: a member of `FORMATS`.
+        output: the file; beside a stablehlo file, FILE.json says what it takes and gives.
         step: 'best', 'latest' or a number.
+        platforms: where a stablehlo file can run (None: all of `PLATFORMS`).
 
     Raises:
-        ValueError: for an unknown format.
-        FileExistsError: where the file exists.
+        ValueError: for an unknown format or platform, or a network that the format cannot hold.
+        FileExistsError: where a file exists.
     """
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is not one of {', '.join(FORMATS)}")
+    if platforms is not None and format != "stablehlo":
+        raise ValueError(
+            f"platforms={','.join(platforms)} is an option of format=stablehlo; {format} files know none: "
+            "leave it out"
+        )
+    platforms = PLATFORMS if platforms is None else platforms
+    unknown = [name for name in platforms if name not in PLATFORMS]
+    if unknown or not platforms:
+        raise ValueError(
+            f"platforms={','.join(platforms)!r} must be one or more of {', '.join(PLATFORMS)}"
+        )
     target = Path(output)
-    if target.exists():
-        raise FileExistsError(f"{target} exists; choose another --output")
+    for path in (target, *([_description_path(target)] if format == "stablehlo" else [])):
+        if path.exists():
+            raise FileExistsError(f"{path} exists; choose another --output")
     stored = read_checkpoint(checkpoint, step=step)
+    if format == "safetensors":
+        _write_safetensors(stored, target)
+    else:
+        _write_stablehlo(stored, target, platforms=platforms, checkpoint=checkpoint)
+    return target
+
+
+def _write_safetensors(stored: StoredModel, target: Path) -> None:
     options = stored.description.model
     table = names.TABLES[options.family](options.pyramid_bins)
     arrays = flatten(stored.part["params"]) | flatten(stored.part["batch_stats"])
@@ -54,4 +104,107 @@ def run(checkpoint: str, *, format: str, output: str, step: str = "best") -> Pat
         table.source,
         target,
     )
-    return target
+
+
+def _write_stablehlo(
+    stored: StoredModel, target: Path, *, platforms: tuple[str, ...], checkpoint: str
+) -> None:
+    exported = exported_function(stored, platforms=platforms)
+    description = json.dumps(describe(stored, exported, checkpoint=checkpoint), indent=1) + "\n"
+    contents = {_description_path(target): description.encode(), target: exported.serialize()}
+    # The function last: where it lies, its description does.
+    for path, content in contents.items():
+        _write_whole(path, content)
+    log.info(
+        "logits of images of any size, with the weights of step %d, for %s -> %s (%.0f MB), described in %s",
+        stored.step,
+        ", ".join(platforms),
+        target,
+        target.stat().st_size / 1e6,
+        _description_path(target),
+    )
+
+
+def _write_whole(path: Path, content: bytes | bytearray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".tmp")
+    try:
+        unfinished.write_bytes(content)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def exported_function(stored: StoredModel, *, platforms: tuple[str, ...]) -> jax.export.Exported:
+    """uint8 [batch, height, width, 3] -> f32[batch, height, width, classes], as `Segmenter.logits`.
+
+    Raises:
+        ValueError: for a network in float64.
+    """
+    if stored.description.model.dtype == "float64":
+        raise ValueError(
+            "model.dtype='float64' cannot be exported: reading it would need JAX_ENABLE_X64, and TPUs have no "
+            "float64; --format=safetensors and pspnet convert make a float32 network of it"
+        )
+    side = smallest_side(stored.description)
+    # A sum, because constraints of symbols are lost in files (jax 0.10); each symbol is at least 1.
+    beyond = f" + {side - 1}" if side > 1 else ""
+    batch, height, width = jax.export.symbolic_shape(f"batch, height{beyond}, width{beyond}")
+    images = jax.ShapeDtypeStruct((batch, height, width, 3), np.uint8)
+    return jax.export.export(jax.jit(logits_function(stored)), platforms=platforms)(images)
+
+
+@functools.lru_cache(maxsize=16)
+def smallest_side(description: Description) -> int:
+    """The smallest height and width of images, pixels, whose feature maps are not empty."""
+    graphdef, *arrays = structure(description)
+    family = FAMILIES[description.model.family]
+
+    def feature_maps(params, batch_stats, images):
+        return nnx.merge(graphdef, params, batch_stats).backbone(images, train=False).stage4
+
+    def is_empty(side: int) -> bool:
+        shape = (1, family.padded(side), family.padded(side), 3)
+        images = jax.ShapeDtypeStruct(shape, np.float32)
+        return 0 in jax.eval_shape(feature_maps, *arrays, images).shape
+
+    return next(side for side in range(1, 1000) if not is_empty(side))
+
+
+def describe(
+    stored: StoredModel, exported: jax.export.Exported, *, checkpoint: str
+) -> Mapping[str, Any]:
+    """What FILE.json holds: whatever is needed to use the function, and where it comes from."""
+    label_set, model = stored.description.label_set, stored.description.model
+    family = FAMILIES[model.family]
+    return {
+        "input": {
+            "dtype": "uint8",
+            "shape": ["batch", "height", "width", 3],
+            "meaning": "RGB as read from a file, 0 .. 255; normalized inside",
+            "smallest_side": smallest_side(stored.description),
+        },
+        "output": {
+            "dtype": "float32",
+            "shape": ["batch", "height", "width", label_set.num_classes],
+            "meaning": "class scores (logits) at input size; the largest one's position is the class",
+        },
+        "labels": {"name": label_set.name, "names": label_set.names, "palette": label_set.colors},
+        "platforms": exported.platforms,
+        "jax": jax.__version__,
+        "calling_convention": exported.calling_convention_version,
+        "pspnet_jax": __version__,
+        "checkpoint": {"path": checkpoint, "step": stored.step, "digest": stored.digest},
+        "inside": {
+            "normalization": asdict(stored.description.normalization),
+            "sides_padded_to": {
+                "multiple": family.size_multiple,
+                "remainder": family.size_remainder,
+            },
+            "model": asdict(model),
+        },
+    }
+
+
+def _description_path(target: Path) -> Path:
+    return target.with_name(target.name + ".json")

@@ -26,6 +26,7 @@ _USED_OPTIONS = {
         "--config.data.",
         "--config.evaluate.split=",
         "--config.evaluate.batch_size=",
+        "--config.evaluate.canvas_gib=",
     ),
     "prepare": ("--config.data.", "--config.evaluate.split="),
 }
@@ -174,7 +175,15 @@ def _define_convert(values: flags.FlagValues, argv: list[str]) -> None:
 
 def _define_export(values: flags.FlagValues, argv: list[str]) -> None:
     _define_checkpoint(values)
-    flags.DEFINE_string("format", None, "safetensors.", flag_values=values)
+    flags.DEFINE_string(
+        "format",
+        None,
+        "safetensors: weights under their published names; stablehlo: a function for jax.export.",
+        flag_values=values,
+    )
+    flags.DEFINE_list(
+        "platforms", None, "Of stablehlo (default: cpu,cuda,tpu).", flag_values=values
+    )
     _define_output(values, "The file.")
 
 
@@ -193,11 +202,13 @@ def _run_convert(values: flags.FlagValues, words: list[str]) -> None:
 def _run_export(values: flags.FlagValues, words: list[str]) -> None:
     from pspnet_jax import export
 
+    platforms = _value(values, "platforms")
     export.run(
         _required(values, "checkpoint"),
         format=_required(values, "format"),
         output=_required(values, "output"),
         step=_value(values, "step"),
+        platforms=None if platforms is None else tuple(platforms),
     )
 
 
@@ -255,8 +266,8 @@ VERBS = {
         takes_words=True,
     ),
     "export": Verb(
-        "a model's weights with published names, for other programs",
-        "pspnet export --checkpoint=DIR --format=safetensors --output=FILE",
+        "a model as a file for other programs: weights with published names, or a function",
+        "pspnet export --checkpoint=DIR --format=safetensors|stablehlo --output=FILE",
         _define_export,
         _run_export,
     ),
@@ -359,7 +370,10 @@ def _define_output(values: flags.FlagValues, meaning: str) -> None:
 
 def _define_protocol(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
-        "protocol", None, "whole or semseg (default: the checkpoint's).", flag_values=values
+        "protocol",
+        None,
+        "whole, semseg, caffe, mmseg-whole, mmseg-slide or csail (default: the checkpoint's).",
+        flag_values=values,
     )
     flags.DEFINE_list(
         "scales", None, "Factors of base_size, e.g. 0.5,0.75,1,1.25,1.5,1.75.", flag_values=values

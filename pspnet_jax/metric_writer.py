@@ -44,6 +44,7 @@ class MetricWriter:
 
     def __init__(self, workdir: Path, *, first_step: int, is_writer: bool = True):
         self._file = None
+        self.is_writer = is_writer
         if not is_writer:
             return
         workdir.mkdir(parents=True, exist_ok=True)
@@ -129,7 +130,8 @@ class TrainingProgress:
     ) -> None:
         """One row and a message; the time it took is left out of the training rate."""
         self._writer.write(step, scalars, timing={"evaluation_seconds": seconds})
-        log.info("step %d: %s", step, message)
+        if self._writer.is_writer:
+            log.info("step %d: %s", step, message)
         self._last_step, self._last_time = step, time.monotonic()
 
 

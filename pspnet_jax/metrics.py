@@ -3,10 +3,12 @@
 * Void pixels (`IGNORE_LABEL` in the truth) count nowhere.
 * A class that is neither in the truth nor predicted has no IoU: None in the table. Whether it counts as
   0 in the mean or is left out is the protocol's choice.
+* An image on its own is judged by the classes that occur in it, under every protocol.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float64, Int64
@@ -30,6 +32,9 @@ class Scores:
 
     iou: PerClass
     accuracy: PerClass
+    """Share of the true pixels that are predicted as the class (recall)."""
+    precision: PerClass
+    """Share of the predicted pixels that are of the class."""
     dice: PerClass
     pixels: Int64[np.ndarray, "classes"]
     mean_iou: float
@@ -62,6 +67,7 @@ def scores(confusion: Confusion, *, absent_class: str) -> Scores:
     return Scores(
         iou=iou,
         accuracy=accuracy,
+        precision=_ratio(intersection, predicted),
         dice=dice,
         pixels=true,
         mean_iou=_mean(iou, absent_class),
@@ -70,6 +76,22 @@ def scores(confusion: Confusion, *, absent_class: str) -> Scores:
         pixel_accuracy=float(_ratio(intersection.sum(keepdims=True), true.sum(keepdims=True))[0]),
         frequency_weighted_iou=float(np.nansum(frequency * iou)) if true.sum() else float("nan"),
     )
+
+
+class ImageScore(NamedTuple):
+    """How well one image of a data set is predicted; NaN where all of it is void."""
+
+    index: int
+    """Position in the data set."""
+    mean_iou: float
+    """Over the classes that occur in its truth or its prediction."""
+    pixel_accuracy: float
+
+
+def image_score(index: int, confusion: Confusion) -> ImageScore:
+    """The scores of one image on its own."""
+    found = scores(confusion, absent_class="skip")
+    return ImageScore(index, found.mean_iou, found.pixel_accuracy)
 
 
 def group_iou(iou: PerClass, groups: Sequence[str | None]) -> dict[str, float]:

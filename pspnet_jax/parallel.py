@@ -4,15 +4,23 @@
   losses and batch statistics are those of the global batch.
 * The axis type is always given: newer JAX would otherwise make it Explicit, which changes the meaning
   of ordinary code.
+* What processes found apart from each other is brought together as bytes: arrays on devices would lose
+  the upper halves of 64-bit numbers.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int64
 
 from pspnet_jax.arrays import Batch
+
+Tree = Any
+"""Nested containers of arrays."""
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -53,3 +61,26 @@ def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
         return jax.make_array_from_process_local_data(sharding, np.asarray(x))
 
     return jax.tree.map(place, batch)
+
+
+def gather(local: bytes) -> list[bytes]:
+    """What each process gives, in the order of the processes; every process calls this and receives all."""
+    length = np.array([len(local)], np.int64).view(np.uint8)
+    lengths = np.asarray(multihost_utils.process_allgather(length)).reshape(-1, 8).view(np.int64)
+    padded = np.zeros(max(int(lengths.max()), 1), np.uint8)
+    padded[: len(local)] = np.frombuffer(local, np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(-1, padded.size)
+    return [row[:size].tobytes() for row, size in zip(rows, lengths[:, 0].tolist(), strict=True)]
+
+
+def sum_over_processes(counts: Int64[np.ndarray, "..."]) -> Int64[np.ndarray, "..."]:
+    """The sum of what each process counted, exactly; with one process the counts themselves."""
+    parts = [
+        np.frombuffer(part, np.int64).reshape(counts.shape) for part in gather(counts.tobytes())
+    ]
+    return np.stack(parts).sum(axis=0)
+
+
+def on_this_process(tree: Tree) -> Tree:
+    """Replicated arrays as arrays of this process alone; unchanged where there is one process."""
+    return jax.tree.map(lambda x: x if x.is_fully_addressable else x.addressable_data(0), tree)

@@ -7,25 +7,43 @@
 * `align_corners=True` maps the first and last sample onto each other (the authors' rule);
   False is the half-pixel rule without anti-aliasing (`jax.image.resize(..., antialias=False)`).
 * Matrices are applied in float32 (float64 where the input is float64), whatever the input's precision.
+* While `export` traces a network for images of any size, heights and widths are symbols (`is_static`).
+  The same matrices are then computed on the device, in whole numbers up to the last division; nothing
+  is chosen by the size.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Float64
+from jaxtyping import Bool, Float, Float32, Int32
 
-Pair = tuple[int, int]
+from pspnet_jax.arrays import AnyArray
+
+Size = int | Any
+"""Samples along one axis: a number, or the symbol that JAX has for one (`is_static`)."""
+Pair = tuple[Size, Size]
 Maps = Float[jax.Array, "batch _height _width channels"]
 """Feature maps or logits: batch and channels stay, height and width change."""
 
 
-def pooling_bins(size: int, num_bins: int) -> list[Pair]:
+def is_static(*sizes: Size) -> bool:
+    """Whether all sizes are numbers; of a network traced for any image size some are symbols."""
+    return all(isinstance(size, int | np.integer) for size in sizes)
+
+
+def pooling_bins(size: Size, num_bins: int) -> list[Pair]:
     """Start and end of each bin of an adaptive pooling along one axis of `size` samples."""
     return [(i * size // num_bins, -((i + 1) * size // -num_bins)) for i in range(num_bins)]
 
 
-def pooling_matrix(size: int, num_bins: int) -> Float64[np.ndarray, "bins size"]:
-    """The matrix M with M @ x = adaptive average pooling of x along one axis."""
+def pooling_matrix(size: Size, num_bins: int) -> Float[AnyArray, "bins size"]:
+    """The matrix M with M @ x = adaptive average pooling of x along one axis: a float64 constant, unless
+    the size is a symbol."""
+    if not is_static(size):
+        return symbolic_pooling_matrix(size, num_bins)
     matrix = np.zeros((num_bins, size))
     for i, (start, end) in enumerate(pooling_bins(size, num_bins)):
         matrix[i, start:end] = 1 / (end - start)
@@ -33,9 +51,12 @@ def pooling_matrix(size: int, num_bins: int) -> Float64[np.ndarray, "bins size"]
 
 
 def resize_matrix(
-    size: int, new_size: int, *, align_corners: bool
-) -> Float64[np.ndarray, "new_size size"]:
-    """The matrix R with R @ x = bilinear resizing of x along one axis."""
+    size: Size, new_size: Size, *, align_corners: bool
+) -> Float[AnyArray, "new_size size"]:
+    """The matrix R with R @ x = bilinear resizing of x along one axis: a float64 constant, unless a size
+    is a symbol."""
+    if not is_static(size, new_size):
+        return symbolic_resize_matrix(size, new_size, align_corners=align_corners)
     target = np.arange(new_size)
     if align_corners:
         # A single output sample has no second corner: PyTorch takes the first input sample.
@@ -50,6 +71,46 @@ def resize_matrix(
     return matrix
 
 
+def symbolic_pooling_matrix(size: Size, num_bins: int) -> Float32[jax.Array, "bins size"]:
+    """`pooling_matrix` of a size that is a symbol."""
+    inside = jnp.stack([_within(size, start, end) for start, end in pooling_bins(size, num_bins)])
+    counts = jnp.sum(inside, axis=1, keepdims=True, dtype=jnp.int32)
+    return inside.astype(jnp.float32) / counts.astype(jnp.float32)
+
+
+def symbolic_resize_matrix(
+    size: Size, new_size: Size, *, align_corners: bool
+) -> Float32[jax.Array, "new_size size"]:
+    """`resize_matrix` of sizes that are symbols.
+
+    Sample s weighs max(0, 1 - |source - s|), and source is a fraction of whole numbers: only the last
+    division rounds. They fit 32 bits while size * new_size is below 2^30: logits of an eighth of images
+    of 90,000 x 90,000 pixels.
+    """
+    target = jnp.arange(new_size, dtype=jnp.int32).reshape(-1, 1)
+    sample = jnp.arange(size, dtype=jnp.int32).reshape(1, -1)
+    last, count = _length(size) - 1, _length(new_size)
+    if align_corners:
+        denominator = jnp.maximum(count - 1, 1)
+        numerator = target * last
+    else:
+        denominator = 2 * count
+        numerator = jnp.clip((2 * target + 1) * (last + 1) - count, 0, last * denominator)
+    parts = jnp.maximum(denominator - jnp.abs(numerator - sample * denominator), 0)
+    return parts.astype(jnp.float32) / denominator.astype(jnp.float32)
+
+
+def _within(size: Size, start: Size, end: Size) -> Bool[jax.Array, "size"]:
+    """Which samples of a symbolic size lie in start .. end."""
+    sample = jnp.arange(size, dtype=jnp.int32)
+    return (sample >= _length(start)) & (sample < _length(end))
+
+
+def _length(size: Size) -> Int32[jax.Array, ""]:
+    """The value that a symbolic size has when the network runs."""
+    return jnp.asarray(size, jnp.int32)
+
+
 def adaptive_average_pool(x: Maps, num_bins: int) -> Maps:
     """Average over a grid of num_bins x num_bins bins.
 
@@ -61,14 +122,35 @@ def adaptive_average_pool(x: Maps, num_bins: int) -> Maps:
         [batch, num_bins, num_bins, channels], in the dtype of `x`.
     """
     batch, height, width, channels = x.shape
-    if height % num_bins == 0 and width % num_bins == 0:
+    if _divides(num_bins, x):
         cells = (batch, num_bins, height // num_bins, num_bins, width // num_bins, channels)
         return x.reshape(cells).mean(axis=(2, 4), dtype=_accumulator(x)).astype(x.dtype)
     return _separable(x, pooling_matrix(height, num_bins), pooling_matrix(width, num_bins))
 
 
+def adaptive_average_pools(x: Maps, bins: Sequence[int]) -> list[Maps]:
+    """`adaptive_average_pool` for each of `bins`, in their order.
+
+    The finest grid that divides the map is averaged first; the cells of every grid that divides that one
+    are means of its cells, so `x` is read once for 1, 2, 3 and 6 bins. All sums are in float32 (float64
+    where the input is float64) and rounded once.
+    """
+    dividing = [num_bins for num_bins in bins if _divides(num_bins, x)]
+    if not dividing:
+        return [adaptive_average_pool(x, num_bins) for num_bins in bins]
+    cells = adaptive_average_pool(x.astype(_accumulator(x)), max(dividing))
+
+    def pool(num_bins: int) -> Maps:
+        source = cells if _divides(num_bins, cells) else x
+        return adaptive_average_pool(source, num_bins).astype(x.dtype)
+
+    return [pool(num_bins) for num_bins in bins]
+
+
 def adaptive_max_pool(x: Maps, num_bins: int) -> Maps:
     """As `adaptive_average_pool`, with the maximum of each bin; of equal ones the first gets the gradient."""
+    if not is_static(x.shape[1], x.shape[2]):
+        return _symbolic_max_pool(_symbolic_max_pool(x, num_bins, axis=1), num_bins, axis=2)
     rows = [_largest(x[:, start:end], axis=1) for start, end in pooling_bins(x.shape[1], num_bins)]
     x = jnp.concatenate(rows, axis=1)
     columns = [
@@ -86,6 +168,24 @@ def _largest(x: Maps, *, axis: int) -> Maps:
     return jnp.sum(jnp.where(is_largest, x, 0), axis=axis, keepdims=True)
 
 
+def _symbolic_max_pool(x: Maps, num_bins: int, *, axis: int) -> Maps:
+    """Maxima of the bins along one axis whose size is a symbol; for inference, without `_largest`'s gradient."""
+    size = x.shape[axis]
+    shape = [1] * x.ndim
+    shape[axis] = size
+    bins = [
+        jnp.max(
+            x,
+            axis=axis,
+            keepdims=True,
+            where=_within(size, start, end).reshape(shape),
+            initial=-jnp.inf,
+        )
+        for start, end in pooling_bins(size, num_bins)
+    ]
+    return jnp.concatenate(bins, axis=axis)
+
+
 def resize(x: Maps, size: Pair, *, align_corners: bool) -> Maps:
     """Bilinear resizing of feature maps or logits to `size` = (height, width), without anti-aliasing."""
     if x.shape[1:3] == size:
@@ -95,19 +195,39 @@ def resize(x: Maps, size: Pair, *, align_corners: bool) -> Maps:
     return _separable(x, rows, columns)
 
 
+def shifted_resize_matrices(
+    size: Size, new_size: Size, *, num_shifts: int, align_corners: bool
+) -> Float[jax.Array, "new_size shifts size"]:
+    """`resize_matrix` moved by -r .. r samples, where num_shifts = 2 r + 1, with zero rows beyond the ends.
+
+    Result [:, i] applied to x is what tap i of a convolution with `num_shifts` taps and zero padding sees
+    of the resized x.
+    """
+    reach = num_shifts // 2
+    matrix = resize_matrix(size, new_size, align_corners=align_corners)
+    padded = jnp.pad(matrix, ((reach, reach), (0, 0)))
+    return jnp.stack([padded[i : i + new_size] for i in range(num_shifts)], axis=1)
+
+
+def _divides(num_bins: int, x: Maps) -> bool:
+    """Whether all bins along either axis are known to be of one size without overlap."""
+    height, width = x.shape[1:3]
+    return is_static(height, width) and height % num_bins == 0 and width % num_bins == 0
+
+
 def _accumulator(x: jax.Array) -> np.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def _separable(
     x: Maps,
-    rows: Float[np.ndarray, "new_height height"],
-    columns: Float[np.ndarray, "new_width width"],
+    rows: Float[AnyArray, "new_height height"],
+    columns: Float[AnyArray, "new_width width"],
 ) -> Maps:
     """rows @ x @ columns^T for every image and channel."""
     dtype = _accumulator(x)
 
-    def contract(equation: str, matrix: np.ndarray, maps: jax.Array) -> jax.Array:
+    def contract(equation: str, matrix: AnyArray, maps: jax.Array) -> jax.Array:
         # The weights are positions, not learned values: rounding them to TF32 or bfloat16 would move pixels.
         return jnp.einsum(equation, matrix.astype(dtype), maps, precision=jax.lax.Precision.HIGHEST)
 

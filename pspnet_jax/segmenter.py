@@ -10,36 +10,39 @@
 
 import functools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
-from jaxtyping import Float16, Float32, UInt8
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Float32
 
-from pspnet_jax import parallel, windows
+from pspnet_jax import canvas as canvas_module
+from pspnet_jax import parallel, protocols, stream, windows
 from pspnet_jax.arrays import (
     AnyArray,
+    AnyImage,
     Images,
     LabelMap,
-    Labels,
     Logits,
-    Probabilities,
+    Prediction,
     RawImage,
     RawImages,
 )
+from pspnet_jax.canvas import AxisTaps, Tile, Wanted
 from pspnet_jax.catalog import LabelSet
 from pspnet_jax.checkpoint import CheckpointFolder, Tree, check_same_shapes
 from pspnet_jax.models.layers import NoRandomNumbers
 from pspnet_jax.models.pspnet import FAMILIES, ModelOptions, Normalization, PSPNet
-from pspnet_jax.resample import resize
+from pspnet_jax.protocols import Protocol
+from pspnet_jax.resample import Maps, resize
+from pspnet_jax.stream import NetworkRule
 from pspnet_jax.train_step import normalize, split_model
-from pspnet_jax.windows import Protocol
 
 FORMAT = 1
 """Of the description in checkpoints; counts up when an old one cannot be read any more."""
@@ -89,18 +92,6 @@ class Provenance:
     digest: str
 
 
-class Prediction(NamedTuple):
-    """What is predicted of one image, on the host."""
-
-    class_map: LabelMap
-    """The most probable class of each pixel, as train ids."""
-    confidence: Float32[np.ndarray, "height width"] | None = None
-    """Probability of that class, 0 .. 1."""
-    entropy: Float32[np.ndarray, "height width"] | None = None
-    """Of the class probabilities, divided by its largest possible value log(classes): 0 .. 1."""
-    probabilities: Float16[np.ndarray, "height width classes"] | None = None
-
-
 class Segmenter:
     """Scene parsing of images of any size.
 
@@ -109,7 +100,7 @@ class Segmenter:
         params: its parameters, nested dictionaries of arrays.
         batch_stats: its batch statistics, likewise.
         provenance: where the weights come from, for reports.
-        mesh: devices over which batches are split (default: all).
+        mesh: devices over which batches are split (default: all of this process).
     """
 
     def __init__(
@@ -123,7 +114,7 @@ class Segmenter:
     ):
         self.description, self.provenance = description, provenance
         self.label_set, self.protocol = description.label_set, description.protocol
-        self._mesh = parallel.make_mesh() if mesh is None else mesh
+        self._mesh = parallel.make_mesh(jax.local_devices()) if mesh is None else mesh
         everywhere = parallel.replicated(self._mesh)
         self._state = jax.device_put((params, batch_stats), everywhere)
 
@@ -141,6 +132,7 @@ class Segmenter:
         scales: tuple[float, ...] | None = None,
         flip: bool | None = None,
         base_size: int | None = None,
+        max_size: int | None = None,
         crop_size: tuple[int, int] | None = None,
         stride: tuple[int, int] | None = None,
     ) -> Float32[jax.Array, "height width classes"]:
@@ -148,10 +140,11 @@ class Segmenter:
 
         Args:
             image: RGB, 0 .. 255.
-            protocol: a key of `windows.PROTOCOLS`; the other options override its own.
+            protocol: a key of `protocols.PROTOCOLS`; the other options override its own.
             scales: factors of `base_size`.
             flip: average with the mirror image.
-            base_size: long side at scale 1, pixels.
+            base_size: long or short side at scale 1, as the protocol says, pixels.
+            max_size: what the long side may not pass, pixels.
             crop_size: (height, width) of windows, pixels.
             stride: between windows, down and across, pixels.
 
@@ -163,109 +156,117 @@ class Segmenter:
             scales=scales,
             flip=flip,
             base_size=base_size,
+            max_size=max_size,
             crop_size=crop_size,
             stride=stride,
         )
-        image = np.asarray(image)
-        _check_raw(image, chosen)
-        if chosen.slides:
-            canvas = self._sliding_canvas(image, protocol=chosen, windows_per_pass=1)
-            return canvas[: image.shape[0], : image.shape[1]]
-        batch = self._place(image[None])
-        found = _probabilities(*self._state, batch, description=self.description, flip=chosen.flip)
-        return found[0]
+        (prediction,) = self.predict([image], protocol=chosen, probabilities="float32")
+        return jnp.asarray(prediction.probabilities)
 
     def predict(
         self,
-        images: Iterable[RawImage],
+        images: Iterable[AnyImage],
         *,
         protocol: Protocol | None = None,
         batch_size: int = 1,
         canvas_gib: float = 2.0,
         confidence: bool = False,
         entropy: bool = False,
-        probabilities: bool = False,
+        probabilities: Literal["float16", "float32"] | None = None,
     ) -> Iterator[Prediction]:
-        """Predictions of a stream of images of any sizes, in their order.
+        """Predictions of a stream of images of any sizes, in their order; some are read ahead.
 
         Args:
             images: RGB, 0 .. 255.
             protocol: None is the checkpoint's own.
-            batch_size: windows, or whole images of equal size, that go through together.
-            canvas_gib: limit of device memory for class scores of unfinished images, GiB; the network's
-                own memory comes on top.
+            batch_size: windows, or whole images of equal size, that go through together; on several
+                devices rounded up to as many on each.
+            canvas_gib: limit of memory of each device for scores of unfinished images under a protocol
+                with windows, GiB; the network's own memory comes on top.
             confidence: also the probability of the chosen class.
             entropy: also the entropy.
-            probabilities: also all class probabilities.
+            probabilities: also all class probabilities, in this precision.
+
+        Raises:
+            ValueError: for what is no RGB image, naming its shape.
         """
         chosen = protocol or self.protocol
-        for image in images:
-            options = {
-                k: v for k, v in chosen.to_json().items() if k not in ("name", "absent_class")
-            }
-            found = np.asarray(self.probabilities(image, protocol=chosen.name, **options))
-            bounded = np.clip(found, 1e-30, 1)
-            scaled = -(bounded * np.log(bounded)).sum(-1) / np.log(found.shape[-1])
-            yield Prediction(
-                found.argmax(-1).astype(np.uint8),
-                found.max(-1) if confidence else None,
-                scaled.astype(np.float32) if entropy else None,
-                found.astype(np.float16) if probabilities else None,
-            )
+        tile = functools.partial(
+            _make_tile,
+            of_logits=chosen.rules.averages == "logits",
+            wanted=Wanted(confidence, entropy, probabilities),
+            mesh=self._mesh,
+        )
+        checked = map(_checked, images)
+        batch_size = -(batch_size // -self._mesh.size)  # of each device
+        if chosen.slides:
+            return self._slide(checked, chosen, tile, batch_size, canvas_gib)
+        return stream.whole(
+            checked,
+            chosen,
+            network=NetworkRule(FAMILIES[self.description.model.family].padded, self._resize_rule),
+            num_lanes=self._mesh.size,
+            batch_size=batch_size,
+            score=lambda batch: _head_scores(
+                *self._state, self._split(batch), description=self.description
+            ),
+            stack=functools.partial(_stack_scores, mesh=self._mesh),
+            tile=tile,
+        )
 
     def class_map(self, image: RawImage) -> LabelMap:
         """The most probable class of each pixel of one image, as train ids."""
-        return self.class_maps(np.asarray(image)[None], protocol=self.protocol)[0]
-
-    def class_maps(
-        self, images: RawImages, *, protocol: Protocol, windows_per_pass: int = 1
-    ) -> UInt8[np.ndarray, "batch height width"]:
-        """As `class_map`, for images of equal size.
-
-        Whole images go through together; under a protocol with windows, the windows of one image do,
-        `windows_per_pass` at a time.
-        """
-        if protocol.slides:
-            _check_raw(np.asarray(images)[0], protocol)
-            height, width = images.shape[1:3]
-            canvas_of = functools.partial(
-                self._sliding_canvas, protocol=protocol, windows_per_pass=windows_per_pass
-            )
-            maps = [np.asarray(_most_probable(canvas_of(image))) for image in np.asarray(images)]
-            return np.stack(maps)[:, :height, :width]
-        batch = self._place(images)
-        maps = _class_maps(*self._state, batch, description=self.description, flip=protocol.flip)
-        return np.asarray(maps)
+        (prediction,) = self.predict([image])
+        return prediction.class_map
 
     def choose_protocol(self, name: str | None = None, **options: Any) -> Protocol:
         """A protocol by name (None: the checkpoint's own) with every option that is not None."""
         if name is None or name == self.protocol.name:
-            return windows.override(self.protocol, **options)
-        return windows.override(windows.choose(name, self.label_set), **options)
+            return protocols.override(self.protocol, **options)
+        return protocols.override(protocols.choose(name, self.label_set), **options)
 
-    def _sliding_canvas(
-        self, image: RawImage, *, protocol: Protocol, windows_per_pass: int
-    ) -> windows.Canvas:
-        # Every device gets as many windows as every other.
-        batch_size = -(windows_per_pass // -self._mesh.size) * self._mesh.size
-        first_device = self._mesh.devices.flat[0]
+    def _slide(
+        self,
+        images: Iterable[AnyImage],
+        protocol: Protocol,
+        tile: stream.TileFunction,
+        batch_size: int,
+        canvas_gib: float,
+    ) -> Iterator[Prediction]:
+        rules, num_classes = protocol.rules, self.label_set.num_classes
+        width = windows.canvas_width(protocol)
+        wanted = windows.canvas_height(protocol, batch_size)  # may be less than is granted
+        granted = int(canvas_gib * 2**30 / (4 * width * num_classes))
+        shape = (self._mesh.size, min(wanted, granted), width, num_classes)
 
-        def probabilities_of(batch: np.ndarray) -> Probabilities:
-            found = _window_probabilities(
+        def add(canvas: jax.Array, batch: AnyArray, places: AnyArray, counts: AnyArray):
+            return _add_windows(
                 *self._state,
-                self._place(batch),
+                canvas,
+                *map(self._split, (batch, places, counts)),
                 description=self.description,
+                averages=rules.averages,
                 flip=protocol.flip,
+                mesh=self._mesh,
             )
-            return jax.device_put(found, first_device)
 
-        return windows.sliding_probabilities(
-            probabilities_of,
-            image,
-            protocol=protocol,
+        slider = stream.Slider(
+            protocol,
+            rule=self._resize_rule if rules.resizes_result == "network" else rules.resizes_result,
             fill=self.description.normalization.mean,
             batch_size=batch_size,
+            canvas=jnp.zeros(shape, jnp.float32, device=parallel.split_batch(self._mesh)),
+            add=add,
+            tile=tile,
         )
+        return slider.run(images)
+
+    @property
+    def _resize_rule(self) -> str:
+        return "align_corners" if self.description.model.align_corners else "half_pixel"
+
+    def _split(self, array: AnyArray) -> jax.Array:
+        return jax.device_put(array, parallel.split_batch(self._mesh))
 
     def _place(self, images: AnyArray) -> jax.Array:
         is_floating = jnp.issubdtype(images.dtype, jnp.floating)
@@ -327,6 +328,16 @@ def read_checkpoint(path: str | Path, *, step: str | int) -> StoredModel:
     return StoredModel(description, part, number, folder.record(number).digests["model"])
 
 
+def logits_function(stored: StoredModel) -> Callable[[RawImages], Logits]:
+    """What `Segmenter.logits` computes of uint8 images, as one function that holds the weights."""
+    params, batch_stats = stored.part["params"], stored.part["batch_stats"]
+
+    def logits_of(images: RawImages) -> Logits:
+        return _logits(params, batch_stats, images, description=stored.description)
+
+    return logits_of
+
+
 def choose_step(folder: CheckpointFolder, step: str | int) -> int:
     """The number of 'best', 'latest' or of a given step that exists."""
     steps = folder.steps()
@@ -347,14 +358,15 @@ def choose_step(folder: CheckpointFolder, step: str | int) -> int:
     )
 
 
-def _check_raw(image: np.ndarray, protocol: Protocol) -> None:
+def _checked(image: np.ndarray) -> AnyImage:
     """Floating images may be normalized ones; a protocol that resizes could not tell."""
-    is_photograph = image.dtype == np.uint8 and image.ndim == 3 and image.shape[-1] == 3
-    if protocol.slides and not (is_photograph and image.size):
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or not image.size:
         raise ValueError(
-            f"the image is {image.dtype}{list(image.shape)}; protocol '{protocol.name}' resizes images, it "
-            "needs uint8 [height, width, 3] as read from a file"
+            f"the image is {image.dtype}{list(image.shape)}; it must be RGB, uint8 [height, width, 3] as "
+            "read from a file (Segmenter.logits takes normalized ones, too)"
         )
+    return image
 
 
 @functools.lru_cache(maxsize=16)
@@ -374,10 +386,10 @@ def model_part(description: Description, params: Tree, batch_stats: Tree) -> Tre
 # during training share their compilations.
 
 
-def _logits_of(
+def _scores_of(
     params: Tree, batch_stats: Tree, images: Images, *, description: Description
-) -> Logits:
-    """Logits of normalized images, at their own size."""
+) -> Maps:
+    """Logits of normalized images, at the network's own resolution, for the padded images."""
     options = description.model
     height, width = images.shape[1:3]
     family = FAMILIES[options.family]
@@ -385,8 +397,19 @@ def _logits_of(
     # Normalized, the mean color is 0.
     images = jnp.pad(images, ((0, 0), (0, padded[0] - height), (0, padded[1] - width), (0, 0)))
     model = nnx.merge(structure(description)[0], params, batch_stats)
-    logits = model(images, train=False).logits
-    return resize(logits, padded, align_corners=options.align_corners)[:, :height, :width]
+    return model(images, train=False).logits
+
+
+def _logits_of(
+    params: Tree, batch_stats: Tree, images: Images, *, description: Description
+) -> Logits:
+    """Logits of normalized images, at their own size."""
+    height, width = images.shape[1:3]
+    family = FAMILIES[description.model.family]
+    padded = (family.padded(height), family.padded(width))
+    scores = _scores_of(params, batch_stats, images, description=description)
+    resized = resize(scores, padded, align_corners=description.model.align_corners)
+    return resized[:, :height, :width]
 
 
 def _normalized(images: RawImages | Images, description: Description) -> Images:
@@ -402,32 +425,69 @@ def _logits(params: Tree, batch_stats: Tree, images, *, description: Description
     )
 
 
-@functools.partial(jax.jit, static_argnames=("description", "flip"))
-def _probabilities(
-    params: Tree, batch_stats: Tree, images, *, description: Description, flip: bool
-) -> Probabilities:
-    logits_of = functools.partial(_logits_of, params, batch_stats, description=description)
-    return windows.probabilities(logits_of, _normalized(images, description), flip=flip)
+@functools.partial(jax.jit, static_argnames="description")
+def _head_scores(params: Tree, batch_stats: Tree, images, *, description: Description) -> Maps:
+    images = normalize(images, description.normalization, dtype=jnp.float32)
+    scores = _scores_of(params, batch_stats, images, description=description)
+    return scores.astype(jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("description", "flip"))
-def _window_probabilities(
-    params: Tree, batch_stats: Tree, crops, *, description: Description, flip: bool
-) -> Probabilities:
-    """Of crops of a resized image: RGB 0 .. 255, but no whole numbers any more."""
-    logits_of = functools.partial(_logits_of, params, batch_stats, description=description)
-    images = normalize(crops, description.normalization, dtype=jnp.float32)
-    return windows.probabilities(logits_of, images, flip=flip)
+# The batch is split over the devices, each of which works on a lane of its own.
+_REPLICATED, _LANES = PartitionSpec(), PartitionSpec("data")
 
 
-@functools.partial(jax.jit, static_argnames=("description", "flip"))
-def _class_maps(
-    params: Tree, batch_stats: Tree, images, *, description: Description, flip: bool
-) -> Labels:
-    scores = _probabilities(params, batch_stats, images, description=description, flip=flip)
-    return jnp.argmax(scores, axis=-1).astype(jnp.uint8)
+@functools.partial(
+    jax.jit, static_argnames=("description", "averages", "flip", "mesh"), donate_argnums=2
+)
+def _add_windows(
+    params: Tree,
+    batch_stats: Tree,
+    canvas,
+    crops,
+    places,
+    counts,
+    *,
+    description: Description,
+    averages: str,
+    flip: bool,
+    mesh: Mesh,
+):
+    """Crops of resized images (RGB 0 .. 255, but no whole numbers any more) through the network."""
+    logits_of = functools.partial(_logits_of, description=description)
+
+    def lane(params, batch_stats, canvas, crops, places, counts):
+        images = normalize(crops, description.normalization, dtype=jnp.float32)
+        scores = canvas_module.window_scores(
+            functools.partial(logits_of, params, batch_stats), images, averages=averages, flip=flip
+        )
+        return canvas_module.add_windows(canvas[0], scores, places, counts[0])[None]
+
+    specs = (_REPLICATED, _REPLICATED, _LANES, _LANES, _LANES, _LANES)
+    mapped = jax.shard_map(lane, mesh=mesh, in_specs=specs, out_specs=_LANES, check_vma=False)
+    return mapped(params, batch_stats, canvas, crops, places, counts)
 
 
-@jax.jit
-def _most_probable(canvas: windows.Canvas) -> UInt8[jax.Array, "_height _width"]:
-    return jnp.argmax(canvas, axis=-1).astype(jnp.uint8)
+@functools.partial(jax.jit, static_argnames="mesh")
+def _stack_scores(scores, *, mesh: Mesh):
+    def lane(scores):
+        return canvas_module.stack_scores(scores)[None]
+
+    return jax.shard_map(lane, mesh=mesh, in_specs=(_LANES,), out_specs=_LANES, check_vma=False)(
+        scores
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("of_logits", "wanted", "mesh"))
+def _make_tile(
+    canvas, rows: AxisTaps, columns: AxisTaps, *, of_logits: bool, wanted: Wanted, mesh: Mesh
+) -> Tile:
+    def lane(canvas, rows, columns):
+        first = functools.partial(jax.tree.map, lambda x: x[0])
+        tile = canvas_module.make_tile(
+            canvas[0], first(rows), first(columns), of_logits=of_logits, wanted=wanted
+        )
+        return jax.tree.map(lambda x: x[None], tile)
+
+    specs = (_LANES, _LANES, _LANES)
+    mapped = jax.shard_map(lane, mesh=mesh, in_specs=specs, out_specs=_LANES, check_vma=False)
+    return mapped(canvas, rows, columns)

@@ -22,7 +22,7 @@ from flax import serialization
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from pspnet_jax import check, evaluate, parallel, windows
+from pspnet_jax import check, evaluate, parallel, protocols
 from pspnet_jax import config as config_module
 from pspnet_jax.arrays import Batch
 from pspnet_jax.catalog import LabelSet, load_label_set
@@ -48,6 +48,7 @@ from pspnet_jax.models.pspnet import (
 )
 from pspnet_jax.optimizer import Schedule, adam, multistep_schedule, poly_schedule, sgd
 from pspnet_jax.pretrained import start_from
+from pspnet_jax.protocols import Protocol
 from pspnet_jax.report import summary, write_report
 from pspnet_jax.segmenter import Description, Provenance, Segmenter, model_part
 from pspnet_jax.train_step import (
@@ -56,7 +57,6 @@ from pspnet_jax.train_step import (
     create_train_state,
     make_train_step,
 )
-from pspnet_jax.windows import Protocol
 
 log = logging.getLogger("pspnet_jax")
 
@@ -168,10 +168,9 @@ class Run:
         model = model_part(self.description, state.params, state.batch_stats)
         segmenter = Segmenter(
             self.description,
-            state.params,
-            state.batch_stats,
+            parallel.on_this_process(state.params),
+            parallel.on_this_process(state.batch_stats),
             provenance=Provenance(str(self.workdir), step, digest(model)),
-            mesh=self.mesh,
         )
         result = evaluate.evaluate(
             segmenter,
@@ -183,7 +182,7 @@ class Run:
         write_report(
             folder, result, segmenter.provenance, self.validation, split=self.config.evaluate.split
         )
-        message = f"{summary(result)}\n{folder / 'panels' / 'overview.png'}"
+        message = f"{summary(result)}\n{folder / 'report.html'}"
         progress.log_evaluation(step, result.scalars, message, seconds=result.seconds)
         return result.scores.mean_iou
 
@@ -388,10 +387,10 @@ def compile_step(step: TrainStep, mesh: Mesh) -> TrainStep:
 def _choose_protocol(config: ConfigDict, label_set: LabelSet) -> Protocol:
     """The protocol of evaluations during training; fills in what the config left open."""
     options = config.evaluate
-    names = ("scales", "flip", "base_size", "crop_size", "stride")
-    protocol = windows.choose(options.protocol, label_set)
-    protocol = windows.override(protocol, **{name: options[name] for name in names})
-    options.update({n: getattr(protocol, n) for n in (names if protocol.slides else ("flip",))})
+    protocol = protocols.choose(options.protocol, label_set)
+    protocol = protocols.override(protocol, **{name: options[name] for name in protocols.OPTIONS})
+    had = [name for name in protocols.OPTIONS if protocols.has_option(protocol, name)]
+    options.update({name: getattr(protocol, name) for name in had})
     return protocol
 
 

@@ -1,4 +1,4 @@
-"""Class maps as pictures: palette, overlay, legend, panels of input, truth and prediction; PNG.
+"""Class maps as pictures: palette, overlay, errors, legend, panels of input, truth and prediction; PNG.
 
 Pure functions of arrays; images are RGB uint8 [height, width, 3].
 """
@@ -10,13 +10,17 @@ from collections.abc import Mapping, Sequence
 
 import cv2
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Float64, UInt8
 
 from pspnet_jax.arrays import IGNORE_LABEL, LabelMap, RawImage
 
 Palette = UInt8[np.ndarray, "256 3"]
 Picture = UInt8[np.ndarray, "_height _width 3"]
 """An RGB picture whose size may change within a function."""
+
+ERROR_COLOR = (230, 40, 60)
+HEAT_COLORS = ((37, 99, 205), (217, 85, 10))
+"""Of the diagonal and of the other cells of a confusion matrix; both can be told apart by anybody."""
 
 _BACKGROUND = 255
 _TEXT_COLOR = (30, 30, 30)
@@ -105,6 +109,41 @@ def encode_indexed_png(labels: LabelMap, palette: Palette) -> bytes:
     )
 
 
+def errors(image: RawImage, truth: LabelMap, prediction: LabelMap) -> RawImage:
+    """Wrong pixels in `ERROR_COLOR`, correct ones the photograph, gray and dimmed; void is black."""
+    gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    picture = np.repeat((64 + gray // 2)[..., None], 3, axis=2)
+    picture[truth != prediction] = ERROR_COLOR
+    picture[truth == IGNORE_LABEL] = 0
+    return picture
+
+
+def heat_map(
+    shares: Float64[np.ndarray, "rows rows"], *, cell: int
+) -> UInt8[np.ndarray, "height height 4"]:
+    """A confusion matrix as RGBA squares of `cell` pixels: the larger the share, the less transparent.
+
+    Args:
+        shares: 0 .. 1. The square root is shown, so that rare confusions are seen; NaN is transparent.
+    """
+    picture = np.zeros((*shares.shape, 4), np.uint8)
+    picture[..., :3] = HEAT_COLORS[1]
+    diagonal = np.arange(len(shares))
+    picture[diagonal, diagonal, :3] = HEAT_COLORS[0]
+    picture[..., 3] = np.rint(255 * np.sqrt(np.nan_to_num(shares)))
+    return picture.repeat(cell, axis=0).repeat(cell, axis=1)
+
+
+def shrunk(picture: Picture, max_width: int, max_height: int | None = None) -> Picture:
+    """The picture brought into a size, pixels; one that fits is left as it is."""
+    height, width = picture.shape[:2]
+    factor = min(max_width / width, (max_height or height) / height)
+    if factor >= 1:
+        return picture
+    size = (max(1, round(factor * width)), max(1, round(factor * height)))
+    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+
+
 def panel(
     pictures: Mapping[str, Picture],
     *,
@@ -112,6 +151,7 @@ def panel(
     names: Sequence[str],
     palette: Palette,
     min_height: int = 240,
+    note: str = "",
 ) -> Picture:
     """Titled pictures of equal size side by side, with a legend of `class_ids` below.
 
@@ -119,12 +159,17 @@ def panel(
         pictures: title -> picture.
         class_ids: the classes that occur in them, in the order of the legend.
         min_height: smaller pictures are enlarged by a whole factor, in pixels.
+        note: a sentence below the legend.
     """
     columns = [_titled(title, _enlarged(p, min_height)) for title, p in pictures.items()]
     row = np.concatenate([part for column in columns for part in (column, _space(column))], axis=1)
     row = np.concatenate([_space(row), row], axis=1)
-    legend = _legend(class_ids, names, palette, width=row.shape[1])
-    return np.concatenate([row, legend])
+    parts = [row, _legend(class_ids, names, palette, width=row.shape[1])]
+    if note:
+        line = np.full((_LINE, row.shape[1], 3), _BACKGROUND, np.uint8)
+        _write(line, note, (_MARGIN, _LINE - 9))
+        parts.append(line)
+    return np.concatenate(parts)
 
 
 def grid(panels: Sequence[Picture], *, columns: int) -> Picture:

@@ -17,6 +17,7 @@ LAYERS = [
         "version",
         "arrays",
         "resample",
+        "taps",
         "catalog",
         "config",
         "checkpoint",
@@ -24,9 +25,11 @@ LAYERS = [
         "weights/",
     ],
     ["data/", "models/", "losses", "optimizer", "metrics", "parallel", "visualize"],
-    ["train_step", "windows"],
+    ["train_step", "protocols", "windows", "canvas", "stream"],
     ["segmenter"],
     [
+        "report_text",
+        "report_html",
         "report",
         "evaluate",
         "image_files",
@@ -69,7 +72,11 @@ PURE = [
     "optimizer",
     "metrics",
     "train_step",
+    "taps",
+    "protocols",
     "windows",
+    "canvas",
+    "stream",
     "visualize",
 ]
 PURE += [f"models/{module}" for module in FOLDERS["models/"]]

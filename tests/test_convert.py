@@ -328,7 +328,7 @@ def test_nothing_is_overwritten(converted, tmp_path):
     target.write_bytes(b"")
     with pytest.raises(FileExistsError, match="choose another --output"):
         export.run(str(converted), format="safetensors", output=str(target))
-    with pytest.raises(ValueError, match="format='onnx' is not one of safetensors"):
+    with pytest.raises(ValueError, match="format='onnx' is not one of safetensors, stablehlo"):
         export.run(str(converted), format="onnx", output=str(tmp_path / "x"))
 
 

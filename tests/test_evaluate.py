@@ -1,21 +1,39 @@
-"""Evaluation: batches of equal size, every image once, reports that say what was done."""
+"""Evaluation: every image once, over any number of processes, and reports that say what was done."""
 
+import base64
+import html.parser
 import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
 from pspnet_jax import evaluate, report
 from pspnet_jax.arrays import IGNORE_LABEL
-from pspnet_jax.catalog import load_label_set
-from pspnet_jax.metrics import confusion_matrix
-from pspnet_jax.segmenter import Provenance, Segmenter
-from pspnet_jax.windows import PROTOCOLS, choose
+from pspnet_jax.catalog import LabelSet, load_label_set
+from pspnet_jax.checkpoint import CheckpointFolder
+from pspnet_jax.config import to_json
+from pspnet_jax.metrics import ImageScore, confusion_matrix
+from pspnet_jax.models.pspnet import IMAGENET_8BIT
+from pspnet_jax.report_html import page
+from pspnet_jax.report_text import protocol_words
+from pspnet_jax.segmenter import Description, Prediction, Provenance, Segmenter, model_part
+from pspnet_jax.train_step import split_model
+from pspnet_jax.windows import PROTOCOLS, choose, override
 
-from pictures import ExampleSource, example
+import tiny_config
+from networks import network, options
+from pictures import ExampleSource, example, write_split
 
-BUDGET_SECONDS = 20
+BUDGET_SECONDS = 60
 
 CAMVID = load_label_set("camvid")
 WHOLE = PROTOCOLS["whole"]
@@ -27,46 +45,88 @@ class Oracle(Segmenter):
 
     label_set = CAMVID
 
-    def __init__(self, truths=()):
+    def __init__(self, truths=(), *, read_ahead=1):
         self.truths = {image.tobytes(): labels for image, labels in truths}
-        self.batch_sizes = []
+        self.read_ahead = read_ahead
+        self.options = {}
 
-    def class_maps(self, images, *, protocol, windows_per_pass):
-        self.batch_sizes.append((len(images), windows_per_pass))
-        return np.stack(
-            [self.truths.get(i.tobytes(), np.full(i.shape[:2], 3, np.uint8)) for i in images]
-        )
-
-
-def test_consecutive_equal_sizes_share_a_batch_that_is_filled_up():
-    examples = [example(*size, seed=i) for i, size in enumerate([(4, 5)] * 3 + [(6, 5)] + [(4, 5)])]
-    batches = list(evaluate.equal_size_batches(examples, 2))
-    assert [batch.images.shape for batch in batches] == [
-        (2, 4, 5, 3),
-        (2, 4, 5, 3),
-        (2, 6, 5, 3),
-        (2, 4, 5, 3),
-    ]
-    assert [batch.valid.tolist() for batch in batches] == [[True] * 2] + [[True, False]] * 3
-    seen = [int(i) for batch in batches for i in batch.index[batch.valid]]
-    assert seen == [0, 1, 2, 3, 4]
+    def predict(self, images, **options):
+        self.options = options
+        images = iter(images)
+        while waiting := [image for _, image in zip(range(self.read_ahead), images, strict=False)]:
+            for image in waiting:
+                threes = np.full(image.shape[:2], 3, np.uint8)
+                yield Prediction(self.truths.get(image.tobytes(), threes))
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 4, 5])
-def test_every_image_counts_once_whatever_the_batch(batch_size):
+def shares(sources, wrong):
+    """Knows every image but for a share of its rows, which it calls class 3."""
+    truths = []
+    for made, share in zip(sources, wrong, strict=True):
+        labels = made.labels.copy()
+        labels[: round(share * len(labels))] = 3
+        truths.append((made.image, labels))
+    return Oracle(truths)
+
+
+@pytest.mark.parametrize("read_ahead", [1, 2, 5, 20])
+def test_every_image_counts_once_however_far_the_prediction_reads_ahead(read_ahead):
     source = ExampleSource(7, sizes=((40, 50), (40, 50), (30, 60)))
-    result = evaluate.evaluate(Oracle(), source, protocol=WHOLE, batch_size=batch_size)
-    threes = [np.full(e.labels.shape, 3, np.uint8) for e in (source[i] for i in range(7))]
-    expected = sum(confusion_matrix(source[i].labels, threes[i], 11) for i in range(7))
+    oracle = Oracle(((e.image, e.labels) for e in (source[2], source[5])), read_ahead=read_ahead)
+    result = evaluate.evaluate(oracle, source, protocol=WHOLE, batch_size=3, canvas_gib=0.5)
+    assert oracle.options == {"protocol": WHOLE, "batch_size": 3, "canvas_gib": 0.5}
+    expected = np.zeros((11, 11), np.int64)
+    for i in range(7):
+        labels = source[i].labels
+        said = labels if i in (2, 5) else np.full_like(labels, 3)
+        expected += confusion_matrix(labels, said, 11)
     np.testing.assert_array_equal(result.confusion, expected)
-    assert result.num_images == 7
+    assert [score.index for score in result.images] == list(range(7))
+    assert [score.index for score in result.images if score.mean_iou == 1] == [2, 5]
+    np.testing.assert_array_equal(result.predictions[5], source[5].labels)
 
 
-def test_windows_of_one_image_go_through_together_and_images_do_not():
-    oracle = Oracle()
-    for protocol in (WHOLE, PROTOCOLS["semseg"]):
-        evaluate.evaluate(oracle, ExampleSource(5), protocol=protocol, batch_size=4)
-    assert oracle.batch_sizes == [(4, 4)] * 2 + [(1, 4)] * 5
+@pytest.mark.parametrize("num_processes", [2, 3, 8])
+def test_processes_find_together_what_one_finds_alone(monkeypatch, num_processes):
+    """Threads stand for the processes; the eighth of seven images has nothing to do."""
+    source = ExampleSource(7, sizes=((40, 50), (30, 60)))
+    oracle = shares(source, np.linspace(0, 0.9, 7))
+    alone = evaluate.evaluate(oracle, source, protocol=WHOLE, batch_size=2)
+    place = threading.local()
+    barrier, given = threading.Barrier(num_processes, timeout=30), [b""] * num_processes
+
+    def gather(local):
+        given[place.index] = local
+        barrier.wait()
+        found = list(given)
+        barrier.wait()
+        return found
+
+    def evaluate_in_place(index):
+        place.index = index
+        return evaluate.evaluate(oracle, source, protocol=WHOLE, batch_size=2)
+
+    monkeypatch.setattr(evaluate.parallel, "gather", gather)
+    monkeypatch.setattr(evaluate.jax, "process_index", lambda: place.index)
+    monkeypatch.setattr(evaluate.jax, "process_count", lambda: num_processes)
+    with ThreadPoolExecutor(num_processes) as threads:
+        results = list(threads.map(evaluate_in_place, range(num_processes)))
+    for found in results:
+        np.testing.assert_array_equal(found.confusion, alone.confusion)
+        assert found.images == alone.images
+        assert found.ranked == alone.ranked
+        assert found.predictions.keys() == alone.predictions.keys()
+        for index, class_map in alone.predictions.items():
+            np.testing.assert_array_equal(found.predictions[index], class_map)
+
+
+def test_an_image_that_is_missing_or_counted_twice_is_noticed(monkeypatch):
+    source = ExampleSource(3)
+    for seen in ([0, 1], [0, 1, 1], [0, 1, 2, 2]):
+        rows = [ImageScore(i, 0.5, 0.5) for i in seen]
+        monkeypatch.setattr(evaluate, "_gather_rows", lambda _, rows=rows: rows)
+        with pytest.raises(AssertionError, match="images were evaluated, the split has 3"):
+            evaluate.evaluate(Oracle(), source, protocol=WHOLE, batch_size=1)
 
 
 def test_every_split_and_protocol_has_its_own_folder():
@@ -91,10 +151,14 @@ def test_truth_scores_one():
 
 def test_report_and_pictures(tmp_path):
     source = ExampleSource(11)
-    result = evaluate.evaluate(Oracle(), source, protocol=WHOLE, batch_size=4)
+    source.names = [f"photo_{i}" for i in range(11)]
+    oracle = shares(source, np.linspace(0, 1, 11))
+    result = evaluate.evaluate(oracle, source, protocol=WHOLE, batch_size=4)
+    (tmp_path / "panels").mkdir()
+    (tmp_path / "panels/worst_1_000000.png").write_bytes(b"of an earlier evaluation")
     report.write_report(tmp_path, result, PROVENANCE, source, split="val")
     contents = json.loads((tmp_path / "report.json").read_text())
-    assert set(contents) == {
+    assert list(contents) == [
         "mean_iou",
         "mean_accuracy",
         "pixel_accuracy",
@@ -109,27 +173,214 @@ def test_report_and_pictures(tmp_path):
         "software",
         "device",
         "seconds",
-    }
+        "images",
+        "confusion",
+    ]
     assert contents["mean_iou"] == pytest.approx(result.scores.mean_iou)
+    assert contents["csail_score"] == pytest.approx(
+        (contents["mean_iou"] + contents["pixel_accuracy"]) / 2
+    )
     assert contents["classes"][3]["name"] == "road"
-    assert set(contents["classes"][3]) == {"id", "name", "iou", "accuracy", "pixels"}
-    assert contents["protocol"] == {
-        "name": "whole",
-        "flip": True,
-        "absent_class": "skip",
-        "scales": [1.0],
-        "base_size": None,
-        "crop_size": None,
-        "stride": None,
+    keys = {"id", "name", "iou", "accuracy", "precision", "dice", "pixels"}
+    assert set(contents["classes"][3]) == keys
+    assert contents["confusion"] == result.confusion.tolist()
+    assert contents["images"][4] == {
+        "index": 4,
+        "name": "photo_4",
+        "mean_iou": result.images[4].mean_iou,
+        "pixel_accuracy": result.images[4].pixel_accuracy,
     }
+    assert contents["protocol"] == json.loads(json.dumps(WHOLE.to_json()))
     assert contents["data"] == {"labels": "camvid", "split": "val", "num_images": 11}
     assert contents["checkpoint"] == {"path": "runs/oracle", "step": 12, "digest": "abc"}
-    panels = sorted(path.name for path in (tmp_path / "panels").iterdir())
-    assert panels == [f"{i:06d}.png" for i in report.panel_indices(11)] + ["overview.png"]
+    panels = {path.name for path in (tmp_path / "panels").iterdir()}
+    ranked = {
+        f"{r}_{i}_{x:06d}.png" for r, xs in result.ranked.items() for i, x in enumerate(xs, 1)
+    }
+    assert panels == ranked | {"overview.png"}
+    assert len(ranked) == 9
     text = (tmp_path / "report.md").read_text()
     assert "(-) is left out in the means" in text
-    assert "Protocol: name=whole, flip=True, absent_class=skip, scales=(1.0,)" in text
+    assert f"Protocol: {protocol_words(WHOLE.to_json())}\n" in text
     assert "| 3 | road |" in text
+    assert "[report.html](report.html)" in text
+    assert f"| {100 * contents['csail_score']:.2f} |" in text
+
+
+def test_pages_of_processes_that_are_not_the_first_are_not_written(tmp_path, monkeypatch):
+    source = ExampleSource(2)
+    result = evaluate.evaluate(Oracle(), source, protocol=WHOLE, batch_size=1)
+    monkeypatch.setattr(report.jax, "process_index", lambda: 1)
+    contents = report.write_report(tmp_path / "out", result, PROVENANCE, source, split="val")
+    assert contents["data"]["num_images"] == 2
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("num_images", "expected"),
+    [
+        (0, {"best": [], "median": [], "worst": []}),
+        (1, {"best": [0], "median": [], "worst": []}),
+        (2, {"best": [0], "median": [], "worst": [1]}),
+        (3, {"best": [0], "median": [1], "worst": [2]}),
+        (4, {"best": [0], "median": [2], "worst": [3]}),
+        (7, {"best": [0, 1], "median": [3, 4], "worst": [6, 5]}),
+        (21, {"best": [0, 1, 2], "median": [9, 10, 11], "worst": [20, 19, 18]}),
+    ],
+)
+def test_best_median_and_worst_images_without_duplicates(num_images, expected):
+    images = [ImageScore(i, 0.9 - i / 30, 1.0) for i in range(num_images)]
+    images.append(ImageScore(num_images, float("nan"), float("nan")))
+    assert report.ranks(images) == expected
+    mixed = [images[i] for i in np.random.default_rng(0).permutation(num_images + 1)]
+    assert report.ranks(mixed) == expected
+
+
+def test_the_overview_is_bounded_and_its_titles_stay_legible(tmp_path):
+    titles = []
+    for size, low in (((60, 900), 1900), ((33, 33), 1000), ((150, 200), 1200)):
+        source = ExampleSource(3, sizes=(size,))
+        result = evaluate.evaluate(Oracle(), source, protocol=WHOLE, batch_size=1)
+        report.write_report(tmp_path, result, PROVENANCE, source, split="val")
+        overview = cv2.imread(str(tmp_path / "panels/overview.png"))
+        assert low <= overview.shape[1] <= 2000
+        titles.append(overview[:20, :60])
+    assert (titles[0] < 128).any()
+    assert all((title == titles[0]).all() for title in titles)
+
+
+class Page(html.parser.HTMLParser):
+    """What a page refers to and says; raises where a tag is not closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.sources, self.links, self.words, self.open, self.alts = [], [], [], [], []
+        self.feed(text)
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.sources += [attributes[key] for key in ("src", "srcset") if key in attributes]
+        self.links += [attributes["href"]] if "href" in attributes else []
+        assert tag not in ("script", "link", "iframe", "object")
+        if tag == "img":
+            self.alts.append(attributes["alt"])
+        if tag not in ("img", "meta"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] != ["style"]:
+            self.words.append(data)
+
+
+def many_classes(num_classes, *, name="class {}"):
+    names = tuple(name.format(i) for i in range(num_classes))
+    colors = tuple((i, 255 - i, 7) for i in range(num_classes))
+    raw_ids = tuple((i,) for i in range(num_classes))
+    return LabelSet("<mine>", names, colors, raw_ids, (), (None,) * num_classes)
+
+
+@pytest.mark.parametrize("num_classes", [11, 150])
+def test_the_page_needs_nothing_beside_it_and_stays_small(tmp_path, num_classes):
+    source = ExampleSource(9, sizes=((700, 900),), num_classes=num_classes)
+    source.names = ["<b>first</b>", *(f"photo & {i}" for i in range(1, 9))]
+    noise = np.random.default_rng(0).integers(0, 256, (700, 900, 3)).astype(np.uint8)
+    source._examples = [made._replace(image=noise ^ np.uint8(i)) for i, made in enumerate(source)]
+    oracle = shares(source, np.linspace(0, 0.9, 9))
+    oracle.label_set = many_classes(num_classes, name="<i>{}</i> & more")
+    result = evaluate.evaluate(oracle, source, protocol=WHOLE, batch_size=1)
+    report.write_report(tmp_path, result, PROVENANCE, source, split="val")
+    text = (tmp_path / "report.html").read_text()
+    assert len(text) < 8e6  # nothing is larger than noise
+    assert "<i>3" not in text
+    assert "<b>first" not in text
+    found = Page(text)
+    assert found.sources
+    assert all(source.startswith("data:image/") for source in found.sources)
+    assert all(link.startswith("#") for link in found.links)
+    assert "url(" not in text
+    assert "@import" not in text
+    words = "".join(found.words)
+    assert "<b>first</b>" in words
+    assert "<i>3</i> & more" in words
+    assert "<mine>, val" in words
+    assert protocol_words(WHOLE.to_json()) in words
+    assert all(found.alts)
+    for part in ("Best", "Median", "Worst"):
+        assert part in found.words
+    occurring = int(np.isfinite(result.scores.iou).sum())
+    assert (f"Absent ({num_classes - occurring} of {num_classes})" in words) == (
+        occurring < num_classes
+    )
+    assert ("Confusion matrix" in "".join(found.alts)) == (occurring > 30)
+
+
+def test_pictures_of_the_page_are_at_most_480_wide(tmp_path):
+    source = ExampleSource(1, sizes=((500, 960),))
+    result = evaluate.evaluate(Oracle(), source, protocol=WHOLE, batch_size=1)
+    report.write_report(tmp_path, result, PROVENANCE, source, split="val")
+    text = (tmp_path / "report.html").read_text()
+    encoded = re.findall(r'src="data:image/(\w+);base64,([^"]+)"', text)
+    assert [kind for kind, _ in encoded] == ["jpeg", "png", "png", "jpeg"]
+    for _, data in encoded:
+        picture = cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), cv2.IMREAD_COLOR)
+        assert picture.shape == (250, 480, 3)
+    # Class maps keep their colors.
+    truth = cv2.imdecode(np.frombuffer(base64.b64decode(encoded[1][1]), np.uint8), 1)[..., ::-1]
+    colors = {tuple(color) for color in truth.reshape(-1, 3).tolist()}
+    assert colors <= set(CAMVID.colors)
+
+
+def test_the_page_lists_the_most_frequent_confusions_first():
+    contents = report.report(
+        evaluate.evaluate(Oracle(), ExampleSource(2), protocol=WHOLE, batch_size=1),
+        PROVENANCE,
+        split="val",
+    )
+    confusion = np.zeros((11, 11), int)
+    confusion[1, 2], confusion[4, 0], confusion[0, 0] = 7, 30, 1000
+    for i, row in enumerate(contents["classes"]):
+        row["iou"] = 0.5 if i < 5 else None
+    contents["confusion"] = confusion.tolist()
+    words = Page(page(contents, colors=CAMVID.colors, shown=[])).words
+    start = words.index("The most frequent ones")
+    named = [word for word in words[start:] if word in CAMVID.names]
+    assert named == ["pavement", "sky", "building", "pole"]
+    assert "81.08" in words[start:]  # 30 of 37 errors
+    row = words.index("Truth (rows) and prediction (columns), % of the row")
+    assert [w for w in words[row:start] if w in CAMVID.names] == list(CAMVID.names[:5]) * 2
+
+
+def test_protocols_are_printed_in_full_in_plain_words():
+    assert protocol_words(WHOLE.to_json()) == (
+        "whole; flip yes; absent classes left out of means; scales 1; base size that of the image; "
+        "crop size whole images; stride none"
+    )
+    semseg = override(
+        choose("semseg", CAMVID), scales=(0.5, 0.75, 1.0), flip=False, crop_size=(353, 473)
+    )
+    assert protocol_words(json.loads(json.dumps(semseg.to_json()))) == (
+        "semseg; flip no; absent classes 0 in means; scales 0.5, 0.75, 1; base size 512; "
+        "crop size 353 x 473; stride 236 x 316"
+    )
+    assert protocol_words({"name": "new", "max_size": 7, "other": None}) == (
+        "new; max size 7; other none"
+    )
+
+
+def test_names_do_not_break_the_tables_of_report_md():
+    oracle = Oracle()
+    oracle.label_set = many_classes(11, name="a|b <i>{}")
+    result = evaluate.evaluate(oracle, ExampleSource(1), protocol=WHOLE, batch_size=1)
+    text = report.markdown(report.report(result, PROVENANCE, split="val"))
+    assert "| 3 | a\\|b &lt;i>3 |" in text
+    assert text.startswith("# &lt;mine>, val, 1 images")
 
 
 def test_class_without_pixels_is_null():
@@ -139,7 +390,10 @@ def test_class_without_pixels_is_null():
             return made._replace(labels=np.full_like(made.labels, IGNORE_LABEL))
 
     result = evaluate.evaluate(Oracle(), Empty(2), protocol=WHOLE, batch_size=1)
+    assert result.ranked == {"best": [], "median": [], "worst": []}
     contents = report.report(result, PROVENANCE, split="val")
+    assert "All pixels are void." in page(contents, colors=CAMVID.colors, shown=[])
+    assert contents["images"][1] == {"index": 1, "mean_iou": None, "pixel_accuracy": None}
     assert contents["mean_iou"] is None
     assert {row["iou"] for row in contents["classes"]} == {None}
 
@@ -174,3 +428,91 @@ def test_void_of_the_truth_is_black_in_the_prediction(tmp_path):
     prediction = picture[22:262, 8 + 2 * 248 : 8 + 2 * 248 + 240]
     assert not prediction[:, :120].any()
     assert (prediction[:, 120:] == CAMVID.palette[3]).all()
+
+
+def test_errors_stand_beside_the_prediction():
+    made = example(60, 60)
+    wrong = (made.labels + np.uint8(1)) % np.uint8(11)
+    picture = report.example_panel(made, wrong, CAMVID, with_errors=True)
+    found = picture[22:262, 8 + 3 * 248 : 8 + 3 * 248 + 240]
+    assert found.shape == (240, 240, 3)
+    assert (found == report.visualize.ERROR_COLOR).all()
+
+
+_PROCESS = """
+import sys
+import jax
+port, index, count, checkpoint, output = sys.argv[1:]
+if int(count) > 1:
+    jax.distributed.initialize(f"127.0.0.1:{port}", int(count), int(index))
+assert jax.process_count() == int(count)
+assert jax.local_device_count() == 2
+from pspnet_jax import evaluate, metric_writer
+metric_writer.log_to(None)
+evaluate.run(checkpoint, config=None, output=output)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(tmp_path):
+    """Seven images of two sizes over two local processes with two devices each."""
+    write_split(tmp_path / "data", "val", 7)
+    write_split(tmp_path / "data", "val", 4, size=(30, 40))
+    run = tmp_path / "run"
+    folder = CheckpointFolder(run / "checkpoints")
+    description = Description(options(), CAMVID, IMAGENET_8BIT, choose("whole", CAMVID))
+    _, params, batch_stats = split_model(network(CAMVID.num_classes))
+    folder.save(3, {"model": model_part(description, params, batch_stats)}, mean_iou=None)
+    folder.wait()
+    config = default_tiny(tmp_path / "data")
+    (run / "config.json").write_text(config)
+    alone = start_processes(1, run, tmp_path / "alone")
+    both = start_processes(2, run, tmp_path / "both")
+    assert "mean IoU" in both[0]
+    assert "mean IoU" not in both[1]
+    assert not (tmp_path / "both_1").exists()
+    one, two = (
+        json.loads((tmp_path / name / "report.json").read_text()) for name in ("alone_0", "both_0")
+    )
+    assert two["confusion"] == one["confusion"]
+    assert two["images"] == one["images"]
+    assert two["data"]["num_images"] == 7
+    panels = [
+        sorted(p.name for p in (tmp_path / n / "panels").iterdir()) for n in ("alone_0", "both_0")
+    ]
+    assert panels[0] == panels[1]
+    for name in panels[0]:
+        one, two = (tmp_path / n / "panels" / name for n in ("alone_0", "both_0"))
+        assert one.read_bytes() == two.read_bytes()
+    assert "mean IoU" in alone[0]
+
+
+def default_tiny(root):
+    config = tiny_config.get_config()
+    config.data.root = str(root)
+    return to_json(config)
+
+
+def start_processes(count, run, output):
+    """What each of `count` processes prints."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_PLATFORMS": "cpu",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _PROCESS, *map(str, (port, i, count, run, f"{output}_{i}"))],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(count)
+    ]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    for process, (_, error) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, error
+    return [printed for printed, _ in outputs]

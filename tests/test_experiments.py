@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
+
+from pictures import write_mask
 
 BUDGET_SECONDS = 180
 
@@ -86,3 +89,49 @@ def test_the_data_benchmark_writes_its_ratios(tmp_path, monkeypatch, capsys):
     assert set(found["images_per_second"]) == {"0"}
     assert all(t["low"] > 0 for t in found["milliseconds"].values())
     assert "with decoding: ours is" in capsys.readouterr().out
+
+
+def test_the_export_benchmark_compares_both_functions(tmp_path, monkeypatch, capsys):
+    arguments = [f"--output={tmp_path}", "--backbone=resnet10", "--width=8", "--sides=33"]
+    run_script("benchmark_export", *arguments, "--repeats=2", monkeypatch=monkeypatch)
+    row = json.loads((tmp_path / "results.json").read_text())["sides"]["33"]
+    assert [len(t["later"]) for t in row["seconds"].values()] == [2, 2]
+    assert 0 <= row["largest_difference"] <= 1e-5 * row["largest_logit"]
+    assert row["equal_classes"] > 0.99
+    assert "| 33 | exported |" in capsys.readouterr().out
+
+
+_CHALLENGE = """
+import numpy as np
+
+def intersectionAndUnion(predicted, labels, num_classes):
+    predicted = predicted * (labels > VOID)
+    def count(x):
+        return np.bincount(x.ravel(), minlength=num_classes + 1)[1 : num_classes + 1]
+    both = count(np.where(predicted == labels, predicted, 0))
+    return both, count(predicted) + count(labels) - both
+
+def pixelAccuracy(predicted, labels):
+    correct, labeled = ((predicted == labels) & (labels > 0)).sum(), (labels > 0).sum()
+    return correct / labeled, correct, labeled
+"""
+
+
+@pytest.mark.parametrize(("void", "differs"), [(0, False), (-1, True)])
+def test_metrics_are_compared_with_code_of_the_challenge(
+    tmp_path, monkeypatch, capsys, void, differs
+):
+    """A stand-in for its checkout: the same rule, and one that lets void count."""
+    code = tmp_path / "evaluationCode/utils_eval.py"
+    code.parent.mkdir()
+    code.write_text(_CHALLENGE.replace("VOID", str(void)))
+    labels = np.random.default_rng(0).integers(0, 151, (64, 80)).astype(np.uint8)
+    for folder in ("annotations", "predictions"):
+        write_mask(tmp_path / f"sampleData/{folder}/a.png", labels)
+    arguments = [f"--sceneparsing={tmp_path}", f"--output={tmp_path / 'out'}"]
+    run_script("compare_challenge", *arguments, monkeypatch=monkeypatch)
+    rows = json.loads((tmp_path / "out/results.json").read_text())
+    assert rows[0]["theirs"]["pixel_accuracy"] == 1
+    assert rows[1]["theirs"]["pixel_accuracy"] < 0.9
+    assert (rows[1]["largest_difference"] > 1e-3) == differs
+    assert "largest difference over 1 images and 4 rules" in capsys.readouterr().out

@@ -49,6 +49,16 @@ def test_only_the_first_process_writes(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("is_writer", [True, False])
+def test_only_the_first_process_says_what_an_evaluation_found(tmp_path, capsys, is_writer):
+    log_to(None)
+    writer = MetricWriter(tmp_path, first_step=0, is_writer=is_writer)
+    options = {"first_step": 0, "num_steps": 9, "log_every_steps": 1, "images_per_step": 1}
+    with Progress(writer, **options) as progress:
+        progress.log_evaluation(5, {"mean_iou": 0.5}, "what was found", seconds=1.0)
+    assert ("step 5: what was found" in capsys.readouterr().out) == is_writer
+
+
 def test_progress_line():
     scalars = {"loss": 1.23456, "main_loss": 1.0, "aux_loss": 0.5, "learning_rate": 0.01}
     timing = {"images_per_second": 33.33, "seconds_left": 3725.2}

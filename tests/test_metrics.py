@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pspnet_jax.metrics import confusion_matrix, group_iou, scores
+from pspnet_jax.metrics import confusion_matrix, group_iou, image_score, scores
 
 BUDGET_SECONDS = 10
 
@@ -20,6 +20,7 @@ def test_scores_by_hand():
     found = scores(confusion_matrix(TRUTH, PREDICTION, 4), absent_class="skip")
     np.testing.assert_allclose(found.iou, [1 / 3, 2 / 3, 0, np.nan])
     np.testing.assert_allclose(found.accuracy, [1 / 2, 1, 0, np.nan])
+    np.testing.assert_allclose(found.precision, [1 / 2, 2 / 3, np.nan, np.nan])
     np.testing.assert_allclose(found.dice, [1 / 2, 4 / 5, 0, np.nan])
     np.testing.assert_array_equal(found.pixels, [2, 2, 1, 0])
     assert found.mean_iou == pytest.approx(1 / 3)
@@ -63,3 +64,31 @@ def test_groups():
     iou = np.array([0.2, 0.4, 0.9, np.nan])
     assert group_iou(iou, ["a", "a", None, None]) == {"a": pytest.approx(0.3), "others": 0.9}
     assert group_iou(iou, [None] * 4) == {}
+
+
+def test_an_image_is_judged_by_the_classes_that_occur_in_it():
+    found = image_score(7, confusion_matrix(TRUTH, PREDICTION, 9))
+    assert found == (7, pytest.approx(1 / 3), pytest.approx(3 / 5))
+    void = np.full_like(TRUTH, 255)
+    found = image_score(0, confusion_matrix(void, PREDICTION, 9))
+    assert np.isnan(found.mean_iou)
+    assert np.isnan(found.pixel_accuracy)
+
+
+def test_the_challenge_counts_pixels_class_by_class():
+    """A statement of the scene-parsing challenge's rule: ids from 1, 0 is void, absent classes are 0."""
+    rng = np.random.default_rng(3)
+    truth = rng.integers(0, 7, (2, 20, 30))
+    predicted = np.where(rng.random(truth.shape) < 0.5, truth, rng.integers(1, 7, truth.shape))
+    predicted[predicted == 0] = 2
+    ious, labeled = [], truth > 0
+    for i in range(1, 10):  # 7, 8 and 9 do not occur
+        both = ((truth == i) & (predicted == i)).sum()
+        either = (labeled & ((truth == i) | (predicted == i))).sum()
+        ious.append(both / (either + np.spacing(1)))
+    accuracy = (labeled & (truth == predicted)).sum() / labeled.sum()
+    ours = np.where(labeled, truth - 1, 255).astype(np.uint8)
+    pairs = zip(ours, (predicted - 1).astype(np.uint8), strict=True)
+    found = scores(sum(confusion_matrix(t, p, 9) for t, p in pairs), absent_class="zero")
+    assert found.mean_iou == pytest.approx(np.mean(ious), abs=1e-12)
+    assert found.csail_score == pytest.approx((np.mean(ious) + accuracy) / 2, abs=1e-12)

@@ -19,7 +19,7 @@ from pspnet_jax.models.layers import (
     NoRandomNumbers,
 )
 from pspnet_jax.models.pspnet import FAMILIES, ModelOptions, PSPNet, is_head
-from pspnet_jax.models.pyramid import PresenceHead, ProgressiveHead, PyramidPooling
+from pspnet_jax.models.pyramid import PresenceHead, ProgressiveHead, Pyramid, PyramidPooling
 from pspnet_jax.models.resnet import ResNet, stage_strides
 from pspnet_jax.models.squeezenet import SqueezeNet
 from pspnet_jax.resample import resize
@@ -252,18 +252,16 @@ def test_bottleneck_strides_and_dilates_its_3x3():
     assert [backbone.layer4_0.conv2.dilation, backbone.layer3_5.conv2.dilation] == [4, 2]
 
 
-def test_pyramid_concatenates_map_then_bins_in_order():
-    model = network(pyramid_bins=(1, 2))
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, 9, 64)), jnp.float32)
-    y = np.asarray(model.pyramid(x, train=False))
-    assert y.shape[-1] == 64 + 2 * 32
-    np.testing.assert_array_equal(y[..., :64], x)
-    first_level = y[..., 64:96]
-    # Bin 1 is the same everywhere; bin 2 is not.
-    np.testing.assert_allclose(
-        first_level, first_level[:, :1, :1] * np.ones((1, 9, 9, 1)), atol=1e-6
-    )
-    assert np.ptp(y[..., 96:], axis=(1, 2)).max() > 0.01
+def test_pyramid_is_the_map_and_a_level_of_each_bins():
+    model = network(pyramid_bins=(1, 2, 3, 6))
+    x = random(2, 9, 9, 64)
+    pyramid = model.pyramid(x, train=False)
+    assert pyramid.map is x
+    assert (pyramid.map_first, pyramid.align_corners) == (True, True)
+    assert [level.shape for level in pyramid.levels] == [(2, n, n, 16) for n in (1, 2, 3, 6)]
+    variant = network(family="lextal").pyramid(x, train=False)
+    assert (variant.map_first, variant.align_corners) == (False, True)
+    assert not network(align_corners=False).pyramid(x, train=False).align_corners
 
 
 @pytest.mark.parametrize(
@@ -312,15 +310,8 @@ def test_linear_levels_are_a_convolution_and_nothing_else(reduction, channels):
     x = random(1, 4, 6, 8)
     y = model(x, train=True)
     for factor in (2, -1):
-        np.testing.assert_allclose(model(factor * x, train=True), factor * y, atol=1e-5)
-
-
-def test_map_stands_first_or_last():
-    x = random(1, 4, 6, 8)
-    first, last = (pyramid(map_first=map_first)(x, train=False) for map_first in (True, False))
-    np.testing.assert_array_equal(first[..., :8], x)
-    np.testing.assert_array_equal(last[..., -8:], x)
-    np.testing.assert_array_equal(first[..., 8:], last[..., :-8])
+        for level, again in zip(y.levels, model(factor * x, train=True).levels, strict=True):
+            np.testing.assert_allclose(again, factor * level, atol=1e-5)
 
 
 def progressive_head(*, dropout_rate=0.0, align_corners=True) -> ProgressiveHead:
@@ -350,7 +341,7 @@ class TestProgressiveHead:
             9 * a * b + 3 * b + 1 for a, b in ((1024, 256), (256, 64), (64, 64))
         )
         assert count(nnx.state(model, nnx.Param)) == by_hand + (64 + 1) * 18
-        logits = progressive_head()(jnp.zeros((2, 3, 5, 12)), train=False, key=None)
+        logits = progressive_head()(Pyramid(jnp.zeros((2, 3, 5, 12))), train=False, key=None)
         assert logits.shape == (2, 24, 40, 5)
 
     @pytest.mark.parametrize("align_corners", [True, False])
@@ -365,7 +356,7 @@ class TestProgressiveHead:
     def test_drops_channels_of_the_fused_map_and_half_as_many_after_each_block(self):
         head = progressive_head(dropout_rate=0.3)
         assert (head.fuse_dropout.rate, head.block_dropout.rate) == (0.3, 0.15)
-        x, key = random(2, 2, 2, 12), jax.random.key(0)
+        x, key = Pyramid(random(2, 2, 2, 12)), jax.random.key(0)
         plain, dropped, again = (
             head(x, train=train, key=key)
             for train, key in ((False, None), (True, key), (True, key))
@@ -384,7 +375,8 @@ class TestProgressiveHead:
             return original(self, x, train=train, key=key)
 
         monkeypatch.setattr(ChannelDropout, "__call__", watch)
-        progressive_head(dropout_rate=0.3)(random(2, 2, 2, 12), train=True, key=jax.random.key(0))
+        x = Pyramid(random(2, 2, 2, 12))
+        progressive_head(dropout_rate=0.3)(x, train=True, key=jax.random.key(0))
         assert len(seen) == len(set(seen)) == 4
 
 
@@ -414,7 +406,8 @@ class TestPresenceHead:
 def test_max_pool_of_the_pyramid_differs_from_average():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 9, 9, 64)), jnp.float32)
     average, largest = (network(pyramid_pool=pool).pyramid for pool in ("average", "max"))
-    assert not np.allclose(average(x, train=False), largest(x, train=False))
+    for pair in zip(average(x, train=False).levels, largest(x, train=False).levels, strict=True):
+        assert not np.allclose(*pair)
 
 
 def test_outputs_are_the_same_structure_in_both_modes():

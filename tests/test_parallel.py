@@ -39,3 +39,43 @@ def test_uneven_batch_names_sizes_that_fit():
         ValueError, match=r"8 devices times train.accumulate_steps=4 \(nearest: 32, 64\)"
     ):
         parallel.check_batch_size(40, mesh, accumulate_steps=4)
+
+
+def in_turn(monkeypatch, contributions):
+    """Stands for several processes: each call of the gathering gets the same contribution of all."""
+    calls = iter(contributions)
+    monkeypatch.setattr(
+        parallel.multihost_utils, "process_allgather", lambda local: next(calls)(np.asarray(local))
+    )
+
+
+def test_one_process_gathers_itself():
+    assert parallel.gather(b"") == [b""]
+    assert parallel.gather(b"abc") == [b"abc"]
+    counts = np.array([[2**40 + 1, 0], [3, 4]])
+    np.testing.assert_array_equal(parallel.sum_over_processes(counts), counts)
+    tree = {"a": jax.numpy.ones(3)}
+    assert parallel.on_this_process(tree)["a"] is tree["a"]
+
+
+def test_bytes_of_different_lengths_come_back_in_the_order_of_the_processes(monkeypatch):
+    lengths = np.array([[2], [5], [0]], np.int64).view(np.uint8)
+    others = [b"ab", b"abcde", b""]
+    padded = np.array([list(part.ljust(5, b"\0")) for part in others], np.uint8)
+    given = []
+
+    def second(local):
+        given.append(local)
+        return padded
+
+    in_turn(monkeypatch, [lambda local: lengths, second])
+    assert parallel.gather(b"ab") == others
+    assert given[0].tobytes() == b"ab\0\0\0"
+
+
+def test_counts_of_64_bits_are_added_exactly(monkeypatch):
+    both = [np.array([2**40 + 1, 5]), np.array([2**41, -7])]
+    lengths = np.array([[16], [16]], np.int64).view(np.uint8)
+    in_turn(monkeypatch, [lambda _: lengths, lambda _: np.stack(both).view(np.uint8)])
+    found = parallel.sum_over_processes(both[0])
+    assert found.tolist() == [2**40 + 1 + 2**41, -2]

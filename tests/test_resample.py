@@ -1,20 +1,25 @@
 """Pooling and resizing against hand-worked values and independent statements."""
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pspnet_jax.resample import (
     adaptive_average_pool,
+    adaptive_average_pools,
     adaptive_max_pool,
     pooling_bins,
     pooling_matrix,
     resize,
     resize_matrix,
+    shifted_resize_matrices,
+    symbolic_pooling_matrix,
+    symbolic_resize_matrix,
 )
 
-BUDGET_SECONDS = 30
+BUDGET_SECONDS = 45
 
 
 def maps(height, width, *, seed=0, dtype=np.float32):
@@ -72,6 +77,52 @@ def test_pools_equal_loops(size, num_bins):
     )
 
 
+def for_any_size(function):
+    """A function of maps, traced once while batch, height and width are symbols."""
+    batch, height, width = jax.export.symbolic_shape("batch, height, width")
+    x = jax.ShapeDtypeStruct((batch, height, width, 3), np.float32)
+    return jax.export.export(jax.jit(function))(x).call
+
+
+def test_pools_and_resizing_of_symbolic_sizes_equal_those_of_numbers():
+    """Also where bins divide, are larger than the map, and where one sample is all there is."""
+
+    def all_of(x):
+        smaller, larger = (3, 1), (8 * x.shape[1], 2 * x.shape[2] + 1)
+        pooled = [pool(x, n) for pool in (adaptive_average_pool, adaptive_max_pool) for n in (1, 6)]
+        resized = [
+            resize(x, size, align_corners=align_corners)
+            for size in (smaller, larger)
+            for align_corners in (True, False)
+        ]
+        return pooled, resized
+
+    symbolic = for_any_size(all_of)
+    for size in ((12, 7), (1, 60)):
+        x = maps(*size)
+        found, wanted = jax.tree.leaves(symbolic(x)), jax.tree.leaves(jax.jit(all_of)(x))
+        assert len(found) == len(wanted) == 8
+        for one, other in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-6, strict=True)
+
+
+def test_symbolic_matrices_are_the_constant_ones_rounded_once():
+    for align_corners, size, new_size in (
+        (True, 90, 713),
+        (False, 90, 713),
+        (True, 512, 4096),
+        (False, 512, 4096),
+        (True, 5, 1),
+        (False, 5, 1),
+    ):
+        found = symbolic_resize_matrix(size, new_size, align_corners=align_corners)
+        exact = resize_matrix(size, new_size, align_corners=align_corners)
+        np.testing.assert_allclose(found, exact, rtol=1e-7, atol=1e-10)
+    for size in (90, 4):
+        found, exact = symbolic_pooling_matrix(size, 6), pooling_matrix(size, 6)
+        np.testing.assert_allclose(found, exact, rtol=1e-7)
+
+
 def test_gradient_of_the_maximum_goes_to_one_value_of_each_bin():
     """Also where XLA computes the input once more, rounded otherwise: it does so for this one."""
     scale, offset, weights = (maps(1, 1, seed=1), maps(1, 1, seed=2), maps(3, 3, seed=3))
@@ -99,6 +150,35 @@ def test_reshape_and_matrix_agree_where_bins_divide():
     np.testing.assert_allclose(adaptive_average_pool(x, 6), by_matrix, atol=1e-6)
 
 
+# Numbers of bins, and how often the map is read for them.
+NESTED = [
+    ((12, 18), (1, 2, 3, 6), 1),
+    ((12, 18), (6, 4, 3), 2),
+    ((9, 6), (1, 2, 3, 6), 3),
+    ((7, 5), (2,), 1),
+]
+
+
+@pytest.mark.parametrize(("size", "bins", "num_reads"), NESTED)
+def test_pools_whose_bins_nest_read_the_map_once(size, bins, num_reads):
+    x = maps(*size)
+    pool = jax.jit(lambda x: adaptive_average_pools(x, bins))
+    for num_bins, pooled in zip(bins, pool(x), strict=True):
+        np.testing.assert_allclose(pooled, pool_by_loops(x, num_bins, np.mean), atol=1e-6)
+    program = pool.trace(x).jaxpr
+    reads = [eqn for eqn in program.jaxpr.eqns if program.jaxpr.invars[0] in eqn.invars]
+    assert len(reads) == num_reads
+
+
+def test_half_precision_is_pooled_once_in_full_precision():
+    x = jnp.asarray(maps(12, 12), jnp.bfloat16)
+    pools = jax.jit(lambda x: adaptive_average_pools(x, (1, 2, 6)))(x)
+    for num_bins, pool in zip((1, 2, 6), pools, strict=True):
+        assert pool.dtype == jnp.bfloat16
+        exact = pool_by_loops(np.asarray(x, np.float32), num_bins, np.mean)
+        np.testing.assert_allclose(pool.astype(jnp.float32), exact, rtol=2**-8, atol=1e-6)
+
+
 @pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize(("size", "new_size"), [(6, 60), (1, 5), (5, 1), (7, 3), (4, 4), (2, 17)])
 def test_resize_matrix_equals_interpolation(size, new_size, align_corners):
@@ -108,6 +188,16 @@ def test_resize_matrix_equals_interpolation(size, new_size, align_corners):
         matrix @ line, interpolate_by_loops(line, new_size, align_corners), atol=1e-12
     )
     np.testing.assert_allclose(matrix.sum(axis=1), 1, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_shifts", [1, 3, 5])
+def test_shifted_matrices_by_hand(num_shifts):
+    matrices = shifted_resize_matrices(2, 3, num_shifts=num_shifts, align_corners=True)
+    zero, rows = [0, 0], [[1, 0], [0.5, 0.5], [0, 1]]
+    padded = [zero, zero, *rows, zero, zero]
+    start = 2 - num_shifts // 2
+    expected = [padded[start + row : start + row + num_shifts] for row in range(3)]
+    np.testing.assert_array_equal(matrices, expected)
 
 
 def test_half_pixel_rule_is_that_of_jax_image():

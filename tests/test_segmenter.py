@@ -1,9 +1,12 @@
 """A network ready to use: any size of image, saved and loaded again."""
 
+import contextlib
 import dataclasses
+import functools
 
 import jax
 import numpy as np
+import plain_protocols
 import pytest
 import semseg_protocol
 
@@ -11,17 +14,17 @@ from pspnet_jax import load
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.checkpoint import CheckpointFolder
 from pspnet_jax.models.pspnet import IMAGENET_8BIT
+from pspnet_jax.protocols import choose
 from pspnet_jax.segmenter import (
     Description,
     Provenance,
     Segmenter,
-    _check_raw,
-    _class_maps,
-    _window_probabilities,
+    _add_windows,
+    _head_scores,
+    _make_tile,
     model_part,
 )
 from pspnet_jax.train_step import split_model
-from pspnet_jax.windows import PROTOCOLS, choose
 
 from networks import network, options
 from pictures import example
@@ -116,18 +119,107 @@ def test_semseg_equals_its_plain_statement(size, options):
     assert len(np.unique(expected.argmax(-1))) > 1
     np.testing.assert_allclose(found, expected, atol=1e-4)
     protocol = segmenter.choose_protocol("semseg", **options)
-    labels = segmenter.class_maps(image[None], protocol=protocol, windows_per_pass=3)[0]
-    assert (labels == expected.argmax(-1)).mean() >= 0.9999
+    (prediction,) = segmenter.predict([image], protocol=protocol, batch_size=3)
+    assert (prediction.class_map == expected.argmax(-1)).mean() >= 0.9999
+
+
+@pytest.fixture(scope="module")
+def confident():
+    """Takes any size, and is sure of itself."""
+    _, params, batch_stats = split_model(network(CAMVID.num_classes))
+    kernel = params["head"]["classifier"]["kernel"]
+    params["head"]["classifier"]["kernel"] = 40 * kernel
+    return Segmenter(DESCRIPTION, params, batch_stats, provenance=Provenance("", 0, ""))
+
+
+def logits_of(segmenter):
+    return lambda images: np.asarray(segmenter.logits(np.float32(images)), np.float64)
+
+
+def head_of(segmenter):
+    """Logits at the network's own resolution."""
+    return lambda images: np.asarray(
+        _head_scores(
+            *segmenter._state,
+            np.float32(images * plain_protocols.STD + plain_protocols.MEAN),
+            description=segmenter.description,
+        ),
+        np.float64,
+    )
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_mmseg_whole_equals_its_plain_statement(confident, flip):
+    image = example(50, 80).image
+    chosen = {"base_size": 41, "max_size": 70, "scales": (0.5, 1.0), "flip": flip}
+    found = np.asarray(confident.probabilities(image, protocol="mmseg-whole", **chosen))
+    expected = plain_protocols.mmseg(logits_of(confident), image, align_corners=True, **chosen)
+    assert len(np.unique(expected.argmax(-1))) > 1
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+
+
+def test_mmseg_slide_equals_its_plain_statement(confident):
+    image = example(50, 80).image
+    chosen = {"base_size": 50, "max_size": 70, "flip": True, "crop_size": (33, 41)}
+    found = np.asarray(confident.probabilities(image, protocol="mmseg-slide", **chosen))
+    expected = plain_protocols.mmseg(
+        logits_of(confident), image, align_corners=True, stride=(22, 27), **chosen
+    )
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+
+
+def test_csail_equals_its_plain_statement():
+    """A network that takes sides of multiples of 8 as they are; its decoder resizes by half pixels."""
+    model = options(family="lextal", backbone="resnet18", align_corners=False)
+    made = network(CAMVID.num_classes, family="lextal", backbone="resnet18", align_corners=False)
+    _, params, batch_stats = split_model(made)
+    description = dataclasses.replace(DESCRIPTION, model=model)
+    segmenter = Segmenter(description, params, batch_stats, provenance=Provenance("", 0, ""))
+    image = example(50, 80).image
+    chosen = {"base_size": 45, "max_size": 100, "scales": (2 / 3, 4 / 3)}
+    found = np.asarray(segmenter.probabilities(image, protocol="csail", **chosen))
+    expected = plain_protocols.csail(head_of(segmenter), image, **chosen)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert np.ptp(expected) > 0.01
+
+
+@pytest.mark.parametrize("name", ["whole", "csail"])
+def test_images_of_equal_size_share_a_pass_and_come_back_in_order(segmenter, name):
+    sizes = [(40, 50)] * 3 + [(33, 41)] + [(40, 50)] * 2
+    images = [example(*size, seed=i).image for i, size in enumerate(sizes)]
+    chosen = segmenter.choose_protocol(name)
+    if name == "csail":
+        chosen = segmenter.choose_protocol(name, base_size=32, max_size=60, scales=(1.0,))
+    together = list(segmenter.predict(images, protocol=chosen, batch_size=2))
+    assert [each.class_map.shape for each in together] == sizes
+    for image, found in zip(images[2:5], together[2:5], strict=True):
+        (alone,) = segmenter.predict([image], protocol=chosen)
+        assert (alone.class_map == found.class_map).mean() > 0.999
 
 
 def test_windows_compile_the_network_once_for_all_sizes(segmenter):
     protocol = segmenter.choose_protocol("semseg", crop_size=(33, 41), base_size=64)
-    segmenter.class_maps(example(50, 80).image[None], protocol=protocol)
-    before = _window_probabilities._cache_size()
-    for size in ((80, 50), (33, 41), (10, 99)):
-        maps = segmenter.class_maps(example(*size).image[None], protocol=protocol)
-        assert maps.shape == (1, *size)
-    assert _window_probabilities._cache_size() == before
+    predict = functools.partial(segmenter.predict, protocol=protocol, batch_size=2)
+    list(predict([example(50, 80).image]))
+    with compilations() as compiled:
+        sizes = [(80, 50), (33, 41), (10, 99), (200, 130)]
+        found = list(predict(example(*size).image for size in sizes))
+    assert [each.class_map.shape for each in found] == sizes
+    assert compiled == []
+
+
+@contextlib.contextmanager
+def compilations():
+    """Names of what XLA compiles meanwhile."""
+    compiled: list[str] = []
+
+    def listen(event: str, seconds: float, **details) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(str(details.get("fun_name")))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield compiled
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_options_of_the_checkpoints_own_protocol_are_kept(segmenter):
@@ -151,12 +243,16 @@ def test_a_batch_over_eight_devices_equals_image_by_image(segmenter):
 
 def test_two_segmenters_share_their_compilations(segmenter):
     image = example(33, 41).image
-    segmenter.class_map(image)
+    semseg = segmenter.choose_protocol("semseg", crop_size=(33, 41), base_size=64)
     _, params, batch_stats = split_model(network(CAMVID.num_classes, seed=3))
     other = Segmenter(DESCRIPTION, params, batch_stats, provenance=Provenance("memory", 1, ""))
-    before = _class_maps._cache_size()
-    other.class_map(image)
-    assert _class_maps._cache_size() == before
+    counted = (_head_scores, _add_windows, _make_tile)
+    counts = []
+    for each in (segmenter, other):
+        for protocol in (None, semseg):
+            list(each.predict([image], protocol=protocol))
+        counts.append([function._cache_size() for function in counted])
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize(
@@ -171,16 +267,9 @@ def test_what_is_no_rgb_image_is_refused(segmenter, image):
 @pytest.mark.parametrize(
     "image", [example(9, 9).image.astype(np.float32), example(9, 9).image[None], np.zeros((9, 9))]
 )
-def test_protocols_with_windows_need_photographs(image):
-    with pytest.raises(ValueError, match="protocol 'semseg' resizes images, it needs uint8"):
-        _check_raw(image, PROTOCOLS["semseg"])
-    _check_raw(image, PROTOCOLS["whole"])
-    _check_raw(example(9, 9).image, PROTOCOLS["semseg"])
-
-
-def test_unknown_protocol(segmenter):
-    with pytest.raises(ValueError, match="protocol='hole' is not one of whole, semseg"):
-        segmenter.probabilities(example().image, protocol="hole")
+def test_predictions_need_photographs(segmenter, image):
+    with pytest.raises(ValueError, match=r"it must be RGB, uint8 .height, width, 3."):
+        next(segmenter.predict(iter([image])))
 
 
 def test_load_takes_the_best_and_knows_everything(saved):

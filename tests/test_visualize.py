@@ -10,14 +10,19 @@ import pytest
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.data import headers
 from pspnet_jax.visualize import (
+    ERROR_COLOR,
+    HEAT_COLORS,
     colorize,
     encode_indexed_png,
     encode_png,
+    errors,
     gray,
     grid,
+    heat_map,
     legend,
     overlay,
     panel,
+    shrunk,
 )
 
 BUDGET_SECONDS = 10
@@ -125,3 +130,40 @@ def test_png_of_one_and_three_channels():
     for image in (picture, picture[..., 0]):
         found = cv2.imdecode(np.frombuffer(encode_png(image), np.uint8), cv2.IMREAD_UNCHANGED)
         np.testing.assert_array_equal(found if image.ndim == 2 else found[..., ::-1], image)
+
+
+def test_errors_are_of_one_color_void_is_black_and_the_rest_is_a_gray_photograph():
+    image = np.full((2, 2, 3), (200, 100, 0), np.uint8)
+    prediction = np.array([[0, 2], [2, 7]], np.uint8)
+    picture = errors(image, LABELS, prediction)
+    assert tuple(picture[0, 1]) == ERROR_COLOR
+    assert picture[1, 1].tolist() == [0, 0, 0]
+    for pixel in (picture[0, 0], picture[1, 0]):
+        assert len(set(pixel.tolist())) == 1
+        assert 64 <= pixel[0] < 192
+
+
+def test_heat_map_tells_the_diagonal_from_the_rest():
+    made = heat_map(np.array([[0.25, 0.0], [1.0, np.nan]]), cell=3)
+    assert made.shape == (6, 6, 4)
+    assert made[0, 0].tolist() == [*HEAT_COLORS[0], 128]
+    assert made[5, 2].tolist() == [*HEAT_COLORS[1], 255]
+    assert made[0, 3, 3] == made[5, 5, 3] == 0
+
+
+def test_pictures_are_shrunk_to_both_limits_and_never_enlarged():
+    picture = np.zeros((100, 50, 3), np.uint8)
+    assert shrunk(picture, 25).shape == (50, 25, 3)
+    assert shrunk(picture, 40, 20).shape == (20, 10, 3)
+    assert shrunk(picture, 80, 200) is picture
+    assert shrunk(np.zeros((1, 900, 3), np.uint8), 30).shape == (1, 30, 3)
+
+
+def test_a_note_is_one_line_below_the_legend():
+    picture = np.zeros((240, 300, 3), np.uint8)
+    options = {"class_ids": [0], "names": ["sky"], "palette": PALETTE}
+    plain = panel({"input": picture}, **options)
+    noted = panel({"input": picture}, note="red is wrong", **options)
+    np.testing.assert_array_equal(noted[: len(plain)], plain)
+    assert len(noted) == len(plain) + 22
+    assert (noted[len(plain) :] < 128).any()

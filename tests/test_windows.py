@@ -1,135 +1,22 @@
-"""Protocols over functions Images -> Logits, beside a plain NumPy statement of the authors' one."""
+"""Where windows lie, and of which of their scores results are made."""
 
-import functools
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import semseg_protocol
 
 from pspnet_jax import windows
 from pspnet_jax.catalog import load_label_set
-from pspnet_jax.windows import PROTOCOLS, Protocol, choose, override
+from pspnet_jax.protocols import PROTOCOLS, choose, override
 
 from pictures import example
 
-BUDGET_SECONDS = 60
+BUDGET_SECONDS = 20
 
 ADE20K = load_label_set("ade20k")
-CROP = (33, 41)
+SIZES = [(50, 80), (80, 50), (33, 41), (20, 25), (150, 90), (1, 90), (97, 97)]
 
 
-def lopsided(images, *, xp=jnp):
-    """Logits that depend on the color, the place in the window and the window as a whole."""
-    rows = xp.arange(images.shape[1]).reshape(1, -1, 1, 1) / images.shape[1]
-    columns = xp.arange(images.shape[2]).reshape(1, 1, -1, 1) / images.shape[2]
-    place = 3 * rows + columns * images[..., :1] + images.mean(axis=(1, 2, 3), keepdims=True)
-    return xp.concatenate([place, images[..., 1:], -images[..., :1] * place], axis=-1)
-
-
-@functools.partial(jax.jit, static_argnames="flip")
-def window_probabilities(crops, flip):
-    mean, std = (
-        jnp.asarray(x, jnp.float32).reshape(1, 1, 1, 3)
-        for x in (semseg_protocol.MEAN, semseg_protocol.STD)
-    )
-    return windows.probabilities(lopsided, (crops - mean) / std, flip=flip)
-
-
-def sliding(image, protocol, *, batch_size=1):
-    canvas = windows.sliding_probabilities(
-        functools.partial(window_probabilities, flip=protocol.flip),
-        image,
-        protocol=protocol,
-        fill=tuple(semseg_protocol.MEAN),
-        batch_size=batch_size,
-    )
-    return np.asarray(canvas)[: image.shape[0], : image.shape[1]]
-
-
-def semseg(**options):
-    return override(PROTOCOLS["semseg"], **{"crop_size": CROP, "base_size": 64} | options)
-
-
-IMAGES = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 5, 3)), jnp.float32)
-
-
-def test_without_flip_it_is_the_softmax():
-    found = windows.probabilities(lopsided, IMAGES, flip=False)
-    np.testing.assert_allclose(found, jax.nn.softmax(lopsided(IMAGES)), atol=1e-6)
-
-
-def test_flip_averages_probabilities_of_both_directions():
-    found = windows.probabilities(lopsided, IMAGES, flip=True)
-    mirrored = np.asarray(jax.nn.softmax(lopsided(IMAGES[:, :, ::-1])))[:, :, ::-1]
-    expected = (np.asarray(jax.nn.softmax(lopsided(IMAGES))) + mirrored) / 2
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-    np.testing.assert_allclose(found.sum(-1), 1, atol=1e-6)
-
-
-def test_with_flip_mirroring_the_image_mirrors_the_result():
-    found = windows.probabilities(lopsided, IMAGES, flip=True)
-    mirrored = windows.probabilities(lopsided, IMAGES[:, :, ::-1], flip=True)
-    np.testing.assert_allclose(np.asarray(mirrored)[:, :, ::-1], found, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("size", "options"),
-    [
-        ((50, 80), {}),  # landscape: the scaled image is 40 x 64, larger than the window across
-        ((80, 50), {}),  # portrait
-        ((33, 41), {"base_size": 41}),  # as large as the window
-        ((20, 25), {"base_size": 25}),  # smaller: padded on all sides, by odd numbers
-        ((61, 47), {"base_size": 200}),  # many windows, enlarged
-        ((150, 90), {"base_size": 40}),  # shrunk below the window
-        ((50, 80), {"scales": (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)}),
-        ((80, 50), {"scales": (0.51, 1.6), "flip": False}),
-        ((70, 70), {"stride": (7, 33)}),
-        ((200, 150), {"base_size": 200, "flip": False}),  # a canvas larger than one rounding step
-        ((1, 90), {"base_size": 90}),
-    ],
-    ids=str,
-)
-def test_semseg_equals_its_plain_statement(size, options):
-    image = example(*size).image
-    protocol = semseg(**options)
-    found = sliding(image, protocol, batch_size=3)
-    expected = semseg_protocol.probabilities(
-        functools.partial(lopsided, xp=np),
-        image,
-        crop_size=CROP,
-        base_size=protocol.base_size,
-        scales=protocol.scales,
-        flip=protocol.flip,
-        stride=protocol.stride if "stride" in options else None,
-    )
-    assert expected.max() - expected.min() > 0.3
-    np.testing.assert_allclose(found, expected, atol=2e-6)
-    np.testing.assert_allclose(found.sum(-1), 1, atol=1e-5)
-
-
-@pytest.mark.parametrize("batch_size", [2, 5])
-def test_batches_of_windows_change_nothing(batch_size):
-    image, protocol = example(61, 47).image, semseg(base_size=150)
-    expected = sliding(image, protocol)
-    np.testing.assert_allclose(sliding(image, protocol, batch_size=batch_size), expected, atol=1e-6)
-
-
-def test_sizes_that_round_alike_share_compilations():
-    protocol = semseg()
-    sliding(example(50, 80).image, protocol)
-    counted = [windows._add_windows, windows._add_resized, window_probabilities]
-    before = [function._cache_size() for function in counted]
-    for size in ((51, 83), (90, 60), (33, 33), (127, 128)):
-        sliding(example(*size).image, protocol)
-    assert [function._cache_size() for function in counted] == before
-
-
-def test_one_window_is_a_direct_call():
-    image = example(*CROP).image
-    direct = window_probabilities(image[None].astype(np.float32), True)
-    np.testing.assert_allclose(sliding(image, semseg(base_size=41)), direct[0], atol=1e-6)
+def small(name="semseg", **options):
+    return override(PROTOCOLS[name], **{"crop_size": (33, 41), "base_size": 64} | options)
 
 
 def test_windows_of_the_authors_sizes():
@@ -143,71 +30,99 @@ def test_windows_of_the_authors_sizes():
     assert (view.rows.starts, view.columns.starts) == ((0,), (0, 39))
 
 
-def test_usual_protocols_of_label_sets():
-    assert choose("whole", ADE20K) == Protocol("whole", flip=True, absent_class="skip")
-    assert choose("semseg", ADE20K) == Protocol(
-        "semseg",
-        flip=True,
-        absent_class="zero",
-        scales=(1.0,),
-        base_size=512,
-        crop_size=(473, 473),
-        stride=(316, 316),
-    )
-    cityscapes = choose("semseg", load_label_set("cityscapes"))
-    assert (cityscapes.base_size, cityscapes.stride) == (2048, (476, 476))
+def test_padding_of_caffe_lies_behind_and_mmseg_has_none():
+    view = windows.views((512, 683), choose("caffe", ADE20K))[0]
+    assert (view.rows.size, view.rows.before, view.rows.padded) == (385, 0, 473)
+    view = windows.views((512, 683), override(choose("mmseg-slide", ADE20K), scales=0.5))[0]
+    assert (view.rows.window, view.columns.window) == (256, 342)
 
 
-def test_another_crop_has_another_stride_unless_it_is_given():
-    usual = choose("semseg", ADE20K)
-    assert override(usual, crop_size=(300, 90)).stride == (200, 60)
-    assert override(usual, stride=(10, 20)).stride == (10, 20)
-    assert override(override(usual, stride=(10, 20)), flip=False).stride == (10, 20)
-    assert override(override(usual, stride=(10, 20)), crop_size=(90, 90)).stride == (60, 60)
+def test_mirror_images_are_views_where_logits_are_averaged():
+    assert [view.mirrored for view in windows.views((9, 9), small(flip=True))] == [False]
+    slide = small("mmseg-slide", flip=True, scales=(0.5, 1.0))
+    assert [view.mirrored for view in windows.views((9, 9), slide)] == [False, True] * 2
 
 
-def test_one_number_stands_for_both_sides_and_one_scale_for_all():
-    usual = choose("semseg", ADE20K)
-    assert override(usual, crop_size=90, stride=30, scales=2) == override(
-        usual, crop_size=(90, 90), stride=(30, 30), scales=(2.0,)
-    )
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("stride", [(22, 28), (7, 33), (33, 41)])
+def test_windows_cover_every_sample_and_end_with_the_image(size, stride):
+    for view in windows.views(size, small(stride=stride, base_size=150)):
+        for axis in (view.rows, view.columns):
+            covered = np.zeros(axis.padded, int)
+            for start in axis.starts:
+                covered[start : start + axis.window] += 1
+            assert covered.min() >= 1
+            assert axis.starts[0] == 0
+            assert axis.starts[-1] + axis.window == axis.padded
 
 
-@pytest.mark.parametrize(
-    ("options", "label"),
-    [
-        ({}, "semseg"),
-        ({"flip": False}, "semseg-noflip"),
-        ({"scales": (0.5, 1.0, 1.75)}, "semseg-scales0.5,1,1.75"),
-        ({"base_size": 300}, "semseg-base300"),
-        ({"crop_size": (353, 473)}, "semseg-crop353x473"),
-        ({"stride": (100, 200)}, "semseg-stride100x200"),
-    ],
-)
-def test_label_says_what_is_unusual(options, label):
-    assert override(choose("semseg", ADE20K), **options).label(ADE20K) == label
-    assert override(choose("whole", ADE20K), flip=False).label(ADE20K) == "whole-noflip"
+def test_result_taps_divide_by_the_windows_over_a_sample():
+    (view,) = windows.views((50, 90), small(base_size=100))
+    counts = np.zeros(view.columns.padded)
+    for start in view.columns.starts:
+        counts[start : start + 41] += 1
+    assert set(counts) == {1, 2, 3}
+    taps = windows.result_taps(view.columns, 90, "half_pixel")
+    np.testing.assert_allclose((taps.weights * counts[taps.indices]).sum(1), 1)
+    turned = windows.result_taps(view.columns, 90, "half_pixel", mirrored=True)
+    np.testing.assert_array_equal(turned.indices, taps.indices[::-1])
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("whole", {"scales": (1.0,), "crop_size": (9, 9)}, "has no crop_size, scales .semseg has"),
-        ("semseg", {"scales": (1.0, 0.0)}, "must be factors above 0"),
-        ("semseg", {"scales": ()}, "must be factors above 0"),
-        ("semseg", {"scales": (float("inf"),)}, "must be factors above 0, at most 100"),
-        ("semseg", {"scales": (float("nan"),)}, "must be factors above 0, at most 100"),
-        ("semseg", {"crop_size": (9, 9, 9)}, "must be .height, width."),
-        ("semseg", {"stride": (0, 9)}, "must be .height, width."),
-        ("semseg", {"base_size": 0}, "at least 1 pixel"),
-        ("semseg", {"stride": (474, 9)}, "would leave pixels out"),
-    ],
-)
-def test_impossible_options_are_refused(name, options, message):
-    with pytest.raises(ValueError, match=message):
-        override(choose(name, ADE20K), **options)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("canvas_rows", [60, 80, 130, 1000])
+def test_parts_fit_the_canvas_and_hold_what_their_rows_need(size, canvas_rows):
+    protocol = small(base_size=200)
+    parts = windows.plan(size, protocol, "half_pixel", canvas_rows=canvas_rows)
+    assert [parts[0].start, parts[-1].end] == [0, size[0]]
+    assert [part.start for part in parts[1:]] == [part.end for part in parts[:-1]]
+    for part in parts:
+        assert part.height <= canvas_rows
+        for view_part in part.views:
+            rows = view_part.view.rows
+            taps = windows.result_taps(rows, size[0], "half_pixel").rows(part.start, part.end)
+            needed = {
+                top
+                for top in rows.starts
+                for i in np.unique(taps.indices[taps.weights > 0])
+                if top <= i < top + rows.window
+            }
+            assert {window.top for window in view_part.windows} == needed
+            assert view_part.top == min(needed)
 
 
-def test_protocols_survive_json():
-    protocol = override(choose("semseg", ADE20K), scales=(0.5, 1.0))
-    assert Protocol.from_json(protocol.to_json()) == protocol
+def test_a_whole_image_is_one_part_where_there_is_room():
+    protocol = small(scales=(0.5, 1.0), base_size=200)
+    (part,) = windows.plan((70, 90), protocol, "half_pixel", canvas_rows=1000)
+    assert part.height == sum(v.rows.padded for v in windows.views((70, 90), protocol))
+    assert windows.canvas_width(protocol) == 200
+    assert windows.canvas_height(protocol, 1) == 3 * 300
+    assert windows.canvas_height(protocol, 6) == 6 * 300
+
+
+def test_a_canvas_that_is_too_small_is_refused():
+    with pytest.raises(ValueError, match="needs 43 rows of scores, canvas_gib has room for 42"):
+        windows.plan((20, 30), small(), "half_pixel", canvas_rows=42)
+
+
+def test_views_of_images():
+    image = example(50, 80).image
+    for name, dtype in (("semseg", np.float32), ("caffe", np.float32), ("mmseg-slide", np.uint8)):
+        protocol = small(name)
+        view = windows.views((50, 80), protocol)[0]
+        made = windows.view_image(image, view, protocol, (120.4, 110.6, 100.0))
+        assert made.shape == (view.rows.padded, view.columns.padded, 3)
+        assert made.dtype == dtype
+    whole = choose("whole", ADE20K)
+    upright, mirrored = windows.views((50, 80), whole)
+    assert windows.view_image(image, upright, whole, (0.0, 0.0, 0.0)) is image
+    turned = windows.view_image(image, mirrored, whole, (0.0, 0.0, 0.0))
+    np.testing.assert_array_equal(turned, image[:, ::-1])
+
+
+def test_caffe_pads_8_bit_images_with_a_rounded_mean_unless_one_window_holds_them():
+    image, mean = example(20, 60).image, (120.4, 110.6, 100.0)
+    for base_size, expected in ((80, [120, 111, 100]), (32, list(mean))):
+        protocol = small("caffe", base_size=base_size)
+        view = windows.views((20, 60), protocol)[0]
+        made = windows.view_image(image, view, protocol, mean)
+        np.testing.assert_allclose(made[-1, -1], expected, rtol=1e-6)

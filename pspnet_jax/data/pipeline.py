@@ -3,7 +3,8 @@
 * Training reads one global stream: shuffle, repeat, augment, batch, and only then take this process's
   part and skip to the first step. So the batches depend on the seed alone, not on the number of
   processes or workers, and resuming reads no skipped image.
-* Evaluation reads every image once, in order, at its own size.
+* Evaluation reads every image once, in order, at its own size; of several processes each reads every
+  n-th.
 * Loader processes never touch an accelerator and end when their parent does.
 """
 
@@ -110,10 +111,13 @@ def _closing(batches: grain.DatasetIterator) -> Generator[Batch, None, None]:
         batches.close()
 
 
-def evaluation_examples(source: Source) -> Iterator[Example]:
-    """Every example once, in order, read ahead in threads."""
+def evaluation_examples(
+    source: Source, *, process_index: int = 0, num_processes: int = 1
+) -> Iterator[Example]:
+    """One process's part of the examples, each once, in order, read ahead in threads."""
     options = grain.ReadOptions(num_threads=NUM_THREADS, prefetch_buffer_size=8)
-    return iter(grain.MapDataset.source(source).to_iter_dataset(options))
+    mine = grain.MapDataset.source(source)[process_index::num_processes]
+    return iter(mine.to_iter_dataset(options))
 
 
 def _to_batch(examples: Example) -> Batch:

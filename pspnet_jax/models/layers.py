@@ -106,6 +106,9 @@ class Conv(nnx.Module):
     def __call__(self, x: Features) -> Features:
         kernel = self.kernel[...].astype(self.dtype)
         y = convolve(x.astype(self.dtype), kernel, stride=self.stride, dilation=self.dilation)
+        return self.add_bias(y)
+
+    def add_bias(self, y: Features) -> Features:
         return y if self.bias is None else y + _per_channel(self.bias[...].astype(self.dtype))
 
 

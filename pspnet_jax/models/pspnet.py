@@ -33,8 +33,10 @@ from pspnet_jax.models.pyramid import (
     ClassifierHead,
     PresenceHead,
     ProgressiveHead,
+    Pyramid,
     PyramidPooling,
 )
+from pspnet_jax.resample import Pair, Size
 
 Backbone = resnet.ResNet | densenet.DenseNet | squeezenet.SqueezeNet
 
@@ -91,9 +93,11 @@ class Family:
     presence_weight: float
     options: Mapping[str, Any]
 
-    def padded(self, size: int) -> int:
+    def padded(self, size: Size) -> Size:
         """The smallest side that obeys the size rule and is not below `size`."""
-        return size + (self.size_remainder - size) % self.size_multiple
+        multiple, remainder = self.size_multiple, self.size_remainder
+        # Written as multiple * k + remainder, so that it also shows where `size` is a symbol (`export`).
+        return multiple * -((remainder - size) // multiple) + remainder
 
 
 FAMILIES = {
@@ -312,7 +316,7 @@ class PSPNet(nnx.Module):
             return Outputs(logits)
         aux_logits = presence_logits = None
         if self.aux_head is not None:
-            aux_logits = self.aux_head(features.stage3, train=train, key=aux_key)
+            aux_logits = self.aux_head(Pyramid(features.stage3), train=train, key=aux_key)
             aux_logits = _at_least_float32(aux_logits)
         if self.presence_head is not None:
             presence_logits = _at_least_float32(self.presence_head(features.stage3))
@@ -348,9 +352,9 @@ def is_head(path: tuple[str, ...]) -> bool:
     return path[0] != "backbone"
 
 
-def check_size(size: tuple[int, int], family: Family) -> None:
+def check_size(size: Pair, family: Family) -> None:
     """Raise where a (height, width) breaks the family's size rule, naming the nearest that obey it."""
-    wrong = [side for side in size if family.padded(side) != side]
+    wrong = [side for side in size if (side - family.size_remainder) % family.size_multiple != 0]
     if wrong:
         above = family.padded(wrong[0])
         remainder = f" + {family.size_remainder}" if family.size_remainder else ""

@@ -4,6 +4,8 @@
   with a 1x1 convolution, stretch it back bilinearly and put all beside the map itself, in the order
   [map, 1, 2, 3, 6]. No bins at all is the dilated-FCN baseline. What a level does with its pooled map,
   and whether the map itself comes first or last, are options.
+* `Pyramid`: the map and its levels, of a few bins each. `fuse` is the convolution of all of them
+  together, without ever stretching a level to the size of the map or concatenating anything.
 * `ClassifierHead`: 3x3 convolution, norm, ReLU, channel dropout, 1x1 classifier. After the pyramid it
   fuses the levels; on stage 3 it is the auxiliary head.
 * `ProgressiveHead`: fuses the levels with a 1x1 convolution and doubles the size three times on the way
@@ -12,10 +14,14 @@
 """
 
 import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jaxtyping import Float
 
 from pspnet_jax.arrays import Features, Logits, PresenceLogits
 from pspnet_jax.models.layers import (
@@ -25,10 +31,114 @@ from pspnet_jax.models.layers import (
     Linear,
     PReLU,
     RandomNumbers,
+    convolve,
 )
-from pspnet_jax.resample import adaptive_average_pool, adaptive_max_pool, resize
+from pspnet_jax.resample import (
+    Pair,
+    adaptive_average_pools,
+    adaptive_max_pool,
+    resize,
+    shifted_resize_matrices,
+)
 
-POOLS = {"average": adaptive_average_pool, "max": adaptive_max_pool}
+LevelKernel = Float[jax.Array, "taps taps _in_channels out_channels"]
+"""The part of a kernel that applies to one level, each with channels of its own."""
+
+
+def _adaptive_max_pools(x: Features, bins: Sequence[int]) -> list[Features]:
+    return [adaptive_max_pool(x, num_bins) for num_bins in bins]
+
+
+# Each: (map, numbers of bins per axis) -> as many small maps.
+POOLS = {"average": adaptive_average_pools, "max": _adaptive_max_pools}
+
+
+@dataclass(frozen=True)
+class Pyramid:
+    """A map beside its levels, each of which means its stretch to the size of the map.
+
+    Args:
+        map: [batch, height, width, channels].
+        levels: each [batch, bins, bins, channels], with any number of bins and channels; a map alone has
+            none.
+        map_first: channels are in the order [map, levels]; else [levels, map].
+        align_corners: rule of the stretching.
+    """
+
+    map: Features
+    levels: tuple[Features, ...] = ()
+    map_first: bool = True
+    align_corners: bool = True
+
+
+def fuse(pyramid: Pyramid, conv: Conv) -> Features:
+    """The convolution of the map and its stretched levels, concatenated; neither is ever built.
+
+    Stretching is U p U^T with a constant matrix U, and convolution is linear, so that
+
+        conv(concat(x, U p_1 U^T, ...)) = conv(x; K_x) + sum over levels b and taps i, j of
+                                          S_bi (p_b K_b[i, j]) S_bj^T,
+
+    where K_x, K_b are the kernel's parts along its input axis and S_bi is U_b moved by the offset of tap
+    i, with the convolution's zero padding as rows of zeros. The products p_b K_b[i, j] are as small as
+    the levels: at the published size half of the multiplications remain.
+
+    Args:
+        pyramid: with as many channels in all as the kernel has inputs.
+        conv: an odd kernel size, stride 1, no dilation.
+
+    Returns:
+        [batch, height, width, out_channels] in the dtype of `conv`; what the levels add is summed in
+        float32 (float64 where that is computed in) before it is rounded.
+    """
+    kernel, dtype = conv.kernel[...].astype(conv.dtype), conv.dtype
+    num_levels = len(pyramid.levels)
+    parts = [*pyramid.levels]
+    parts.insert(0 if pyramid.map_first else num_levels, pyramid.map)
+    # One split: its gradient is one concatenation, that of slices a sum of kernels filled up with zeros.
+    kernels = jnp.split(kernel, np.cumsum([part.shape[3] for part in parts])[:-1], axis=2)
+    map_kernel = kernels.pop(0 if pyramid.map_first else num_levels)
+    y = convolve(pyramid.map.astype(dtype), map_kernel)
+    if pyramid.levels:
+        wide = jnp.promote_types(dtype, jnp.float32)
+        levels, kernels = (
+            [x.astype(dtype).astype(wide) for x in arrays] for arrays in (pyramid.levels, kernels)
+        )
+        size = (y.shape[1], y.shape[2])
+        share = _convolve_stretched(levels, kernels, size, align_corners=pyramid.align_corners)
+        y = (y.astype(wide) + share).astype(dtype)
+    return conv.add_bias(y)
+
+
+def _convolve_stretched(
+    levels: Sequence[Features], kernels: Sequence[LevelKernel], size: Pair, *, align_corners: bool
+) -> Features:
+    """Sum over levels and taps in `fuse`: small products first, then rows, then the columns of all levels."""
+    num_taps = kernels[0].shape[0]
+    positions = functools.partial(
+        shifted_resize_matrices, num_shifts=num_taps, align_corners=align_corners
+    )
+
+    def contract(equation: str, matrix: jax.Array, maps: jax.Array) -> jax.Array:
+        # Positions, not learned values: never in less than float32, as in `resample`.
+        return jnp.einsum(
+            equation, matrix.astype(maps.dtype), maps, precision=jax.lax.Precision.HIGHEST
+        )
+
+    rows, columns = [], []
+    for level, kernel in zip(levels, kernels, strict=True):
+        batch, num_rows, num_columns, _ = level.shape
+        # One product a tap, with the kernel as it lies in memory.
+        taps = jnp.broadcast_to(
+            level.reshape(1, 1, *level.shape), (num_taps, num_taps, *level.shape)
+        )
+        products = jnp.einsum("ijnhwc,ijco->ijnhwo", taps, kernel)
+        tall = contract("Hih,ijnhwo->nHjwo", positions(num_rows, size[0]), products)
+        rows.append(tall.reshape(batch, size[0], num_taps * num_columns, -1))
+        columns.append(positions(num_columns, size[1]).reshape(size[1], num_taps * num_columns))
+    return contract(
+        "Wk,nHko->nHWo", jnp.concatenate(columns, axis=1), jnp.concatenate(rows, axis=2)
+    )
 
 
 class PyramidLevel(nnx.Module):
@@ -57,7 +167,7 @@ class PyramidPooling(nnx.Module):
         align_corners: rule of the stretching.
 
     Returns (call):
-        [batch, height, width, out_channels] with out_channels = channels + levels.
+        A `Pyramid` of out_channels = channels + those of the levels.
     """
 
     def __init__(
@@ -88,15 +198,14 @@ class PyramidPooling(nnx.Module):
             for num_bins in bins:
                 setattr(self, f"level{num_bins}", make_level(channels, level_channels))
 
-    def __call__(self, x: Features, *, train: bool) -> Features:
-        size = (x.shape[1], x.shape[2])
-        levels = []
-        for num_bins in self.bins:
-            pooled = POOLS[self.pool](x, num_bins)
-            if self.has_levels:
-                pooled = getattr(self, f"level{num_bins}")(pooled, train=train)
-            levels.append(resize(pooled, size, align_corners=self.align_corners))
-        return jnp.concatenate([x, *levels] if self.map_first else [*levels, x], axis=-1)
+    def __call__(self, x: Features, *, train: bool) -> Pyramid:
+        levels = POOLS[self.pool](x, self.bins)
+        if self.has_levels:
+            levels = [
+                getattr(self, f"level{num_bins}")(pooled, train=train)
+                for num_bins, pooled in zip(self.bins, levels, strict=True)
+            ]
+        return Pyramid(x, tuple(levels), self.map_first, self.align_corners)
 
 
 class ClassifierHead(nnx.Module):
@@ -118,8 +227,8 @@ class ClassifierHead(nnx.Module):
         self.dropout = ChannelDropout(dropout_rate)
         self.classifier = conv(hidden_channels, num_classes, 1, use_bias=True, rng=rng)
 
-    def __call__(self, x: Features, *, train: bool, key: jax.Array | None) -> Logits:
-        x = jax.nn.relu(self.norm(self.conv(x), train=train))
+    def __call__(self, pyramid: Pyramid, *, train: bool, key: jax.Array | None) -> Logits:
+        x = jax.nn.relu(self.norm(fuse(pyramid, self.conv), train=train))
         return self.classifier(self.dropout(x, train=train, key=key))
 
 
@@ -174,9 +283,10 @@ class ProgressiveHead(nnx.Module):
         self.fuse_dropout = ChannelDropout(dropout_rate)
         self.block_dropout = ChannelDropout(dropout_rate / 2)
 
-    def __call__(self, x: Features, *, train: bool, key: jax.Array | None) -> Logits:
+    def __call__(self, pyramid: Pyramid, *, train: bool, key: jax.Array | None) -> Logits:
         fuse_key, *block_keys = (None,) * 4 if key is None else jax.random.split(key, 4)
-        x = self.fuse_dropout(jax.nn.relu(self.fuse(x)), train=train, key=fuse_key)
+        x = jax.nn.relu(fuse(pyramid, self.fuse))
+        x = self.fuse_dropout(x, train=train, key=fuse_key)
         for block, block_key in zip((self.up1, self.up2, self.up3), block_keys, strict=True):
             x = self.block_dropout(block(x, train=train), train=train, key=block_key)
         return self.classifier(x)

@@ -8,7 +8,15 @@ import time
 
 import pytest
 
-from pspnet_jax.metric_writer import MetricWriter, Progress, log, log_to, progress_line, write_whole
+from pspnet_jax.metric_writer import (
+    MetricWriter,
+    Progress,
+    TrainingProgress,
+    log,
+    log_to,
+    progress_line,
+    write_whole,
+)
 
 BUDGET_SECONDS = 10
 
@@ -54,7 +62,7 @@ def test_only_the_first_process_says_what_an_evaluation_found(tmp_path, capsys, 
     log_to(None)
     writer = MetricWriter(tmp_path, first_step=0, is_writer=is_writer)
     options = {"first_step": 0, "num_steps": 9, "log_every_steps": 1, "images_per_step": 1}
-    with Progress(writer, **options) as progress:
+    with TrainingProgress(writer, **options) as progress:
         progress.log_evaluation(5, {"mean_iou": 0.5}, "what was found", seconds=1.0)
     assert ("step 5: what was found" in capsys.readouterr().out) == is_writer
 

@@ -11,6 +11,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,11 @@ from pspnet_jax import parallel
 from pspnet_jax.arrays import LabelMap, RawImage
 from pspnet_jax.catalog import LabelSet, load_label_set
 from pspnet_jax.data.pipeline import Source, evaluation_examples, open_source
+from pspnet_jax.metric_writer import Progress
 from pspnet_jax.metrics import Confusion, ImageScore, confusion_matrix, image_score
 from pspnet_jax.protocols import Protocol
 from pspnet_jax.report import Evaluation, panel_indices, ranks, summary, write_report
 from pspnet_jax.segmenter import Segmenter, load
-
-_SECONDS_BETWEEN_LINES = 15.0
 
 log = logging.getLogger("pspnet_jax")
 
@@ -117,18 +117,17 @@ def evaluate_part(
             waiting.append((int(example.index), example.labels))
             yield example.image
 
-    start = last_line = time.monotonic()
     num_images = len(range(process_index, len(source), num_processes))
     predictions = segmenter.predict(
         images(), protocol=protocol, batch_size=batch_size, canvas_gib=canvas_gib
     )
-    for num_done, prediction in enumerate(predictions, start=1):
-        index, truth = waiting.popleft()
-        part.add(index, truth, prediction.class_map)
-        if time.monotonic() - last_line > _SECONDS_BETWEEN_LINES and process_index == 0:
-            last_line = time.monotonic()
-            rate = num_done / (last_line - start)
-            log.info("evaluated %d/%d images, %.2g images/s", num_done, num_images, rate)
+    what = f"images by {protocol.describe()}"
+    with Progress(num_images, what) if process_index == 0 else nullcontext() as progress:
+        for prediction in predictions:
+            index, truth = waiting.popleft()
+            part.add(index, truth, prediction.class_map)
+            if progress:
+                progress.update()
     return part
 
 
@@ -181,8 +180,8 @@ def run(
 
     Args:
         checkpoint: folder of a run or of a converted model.
-        config: where the data is; None: the run's own. Of its section `evaluate` only split and
-            batch_size are used, the protocol is the checkpoint's or the arguments'.
+        config: where the data is; None: the run's own. Of its section `evaluate` only split,
+            batch_size and canvas_gib are used, the protocol is the checkpoint's or the arguments'.
         protocol: by name; None: the checkpoint's own.
         protocol_options: override the protocol's; None values do not.
         output: folder of the report; None: in the run.
@@ -204,19 +203,21 @@ def run(
             chosen.name,
             config.evaluate.protocol,
         )
-    evaluation = evaluate(segmenter, source, protocol=chosen, batch_size=config.evaluate.batch_size)
-    number = segmenter.provenance.step
-    folder = (
-        Path(output)
-        if output
-        else output_folder(
-            Path(checkpoint),
-            step=number,
-            split=split,
-            protocol=chosen,
-            label_set=segmenter.label_set,
-        )
+    evaluation = evaluate(
+        segmenter,
+        source,
+        protocol=chosen,
+        batch_size=config.evaluate.batch_size,
+        canvas_gib=config.evaluate.canvas_gib,
     )
+    usual = output_folder(
+        Path(checkpoint),
+        step=segmenter.provenance.step,
+        split=split,
+        protocol=chosen,
+        label_set=segmenter.label_set,
+    )
+    folder = Path(output) if output else usual
     contents = write_report(folder, evaluation, segmenter.provenance, source, split=split)
     if jax.process_index() == 0:
         log.info("%s", summary(evaluation))

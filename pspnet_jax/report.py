@@ -25,7 +25,7 @@ from pspnet_jax.metric_writer import write_whole
 from pspnet_jax.metrics import Confusion, ImageScore, Scores, group_iou, scores
 from pspnet_jax.protocols import Protocol
 from pspnet_jax.report_html import ShownImage, page
-from pspnet_jax.report_text import as_json, markdown, protocol_words
+from pspnet_jax.report_text import as_json, markdown
 from pspnet_jax.segmenter import Provenance
 from pspnet_jax.version import __version__
 
@@ -266,7 +266,7 @@ def summary(evaluation: Evaluation) -> str:
     """One line: the scores, the groups, the protocol."""
     found = evaluation.scores
     groups = "".join(f", {name} {iou:.4f}" for name, iou in evaluation.groups.items())
-    protocol = protocol_words(evaluation.protocol.to_json())
+    protocol = evaluation.protocol.describe()
     return (
         f"mean IoU {found.mean_iou:.4f}, pixel accuracy {found.pixel_accuracy:.4f}{groups} "
         f"({evaluation.num_images} images in {evaluation.seconds:.1f} s; protocol {protocol})"

@@ -4,6 +4,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from pspnet_jax.protocols import Protocol
+
 METRICS = {
     "mean_iou": "mean IoU",
     "pixel_accuracy": "pixel accuracy",
@@ -14,30 +16,10 @@ METRICS = {
 }
 """Key in the report -> name, in the order in which they are shown."""
 
-_ABSENT = {"skip": "left out of means", "zero": "0 in means"}
-_NONE = {"base_size": "that of the image", "crop_size": "whole images", "stride": "none"}
-
 
 def protocol_words(options: Mapping[str, Any]) -> str:
-    """Every option of a protocol: 'whole; flip yes; absent classes left out of means; scales 1; ...'."""
-    parts = [str(options["name"])]
-    for name, value in options.items():
-        if name == "absent_class":
-            parts.append(f"absent classes {_ABSENT[value]}")
-        elif name != "name":
-            parts.append(f"{name.replace('_', ' ')} {_words(name, value)}")
-    return "; ".join(parts)
-
-
-def _words(name: str, value: Any) -> str:
-    if value is None:
-        return _NONE.get(name, "none")
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, tuple | list):
-        separator = " x " if name in ("crop_size", "stride") else ", "
-        return separator.join(_words(name, item) for item in value)
-    return f"{value:.15g}" if isinstance(value, float) else str(value)
+    """Every option of a protocol, from the report."""
+    return Protocol.from_json(dict(options)).describe()
 
 
 def percent(value: float | None) -> str:

@@ -177,6 +177,7 @@ class Run:
             self.validation,
             protocol=self.description.protocol,
             batch_size=self.config.evaluate.batch_size,
+            canvas_gib=self.config.evaluate.canvas_gib,
         )
         folder = self.evaluation_folder(step)
         write_report(

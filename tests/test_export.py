@@ -20,9 +20,9 @@ from pspnet_jax.checkpoint import CheckpointFolder
 from pspnet_jax.main import main
 from pspnet_jax.models.pspnet import IMAGENET_8BIT
 from pspnet_jax.parallel import make_mesh
+from pspnet_jax.protocols import choose
 from pspnet_jax.segmenter import Description, Provenance, Segmenter, StoredModel, model_part
 from pspnet_jax.train_step import split_model
-from pspnet_jax.windows import choose
 
 from networks import network, options
 

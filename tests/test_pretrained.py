@@ -12,12 +12,12 @@ from pspnet_jax.catalog import load_label_set
 from pspnet_jax.checkpoint import CheckpointFolder, flatten
 from pspnet_jax.models.pspnet import IMAGENET_8BIT
 from pspnet_jax.pretrained import start_from
+from pspnet_jax.protocols import choose
 from pspnet_jax.segmenter import Description, model_part
 from pspnet_jax.train import compose, train
 from pspnet_jax.train_step import split_model
 from pspnet_jax.weights import safetensors
 from pspnet_jax.weights.names import MisfitError
-from pspnet_jax.windows import choose
 
 from networks import network, options
 from pictures import write_split

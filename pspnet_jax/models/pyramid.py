@@ -128,7 +128,7 @@ def _convolve_stretched(
     rows, columns = [], []
     for level, kernel in zip(levels, kernels, strict=True):
         batch, num_rows, num_columns, _ = level.shape
-        # One product a tap, with the kernel as it lies in memory.
+        # One product a tap: the kernel is used as it lies in memory, not transposed.
         taps = jnp.broadcast_to(
             level.reshape(1, 1, *level.shape), (num_taps, num_taps, *level.shape)
         )

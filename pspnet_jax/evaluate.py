@@ -174,6 +174,7 @@ def run(
     split: str | None = None,
     protocol: str | None = None,
     protocol_options: Mapping[str, Any] | None = None,
+    passes: Mapping[str, Any] | None = None,
     output: str | None = None,
 ) -> dict:
     """The verb `evaluate`: a checkpoint over a split of its own data, or of that of `config`.
@@ -184,6 +185,7 @@ def run(
             batch_size and canvas_gib are used, the protocol is the checkpoint's or the arguments'.
         protocol: by name; None: the checkpoint's own.
         protocol_options: override the protocol's; None values do not.
+        passes: `batch_size` and `canvas_gib` instead of the config's.
         output: folder of the report; None: in the run.
 
     Returns:
@@ -194,15 +196,14 @@ def run(
     """
     segmenter = load(checkpoint, step=step)
     config, label_set = _find_data(checkpoint, config, segmenter.label_set)
+    config.evaluate.update(passes or {})
+    config_module.validate(config)
     split = split or config.evaluate.split or config.data.val_split
     source = open_split(config.data, split=split, label_set=label_set)
     chosen = segmenter.choose_protocol(protocol, **(protocol_options or {}))
     if protocol is None and config.evaluate.protocol != chosen.name:
-        log.info(
-            "the checkpoint's protocol is %s; the config's is used with --protocol=%s",
-            chosen.name,
-            config.evaluate.protocol,
-        )
+        named = config.evaluate.protocol
+        log.info("by the checkpoint's protocol; the config's is used with --protocol=%s", named)
     evaluation = evaluate(
         segmenter,
         source,
@@ -231,7 +232,6 @@ def _find_data(
 ) -> tuple[ConfigDict, LabelSet]:
     """The config whose data is evaluated on, and how its masks are read."""
     if config is not None:
-        config_module.validate(config)
         label_set = load_label_set(config.data.labels)
     else:
         run_config = Path(checkpoint) / "config.json"

@@ -47,6 +47,7 @@ def _define_evaluate(values: flags.FlagValues, argv: list[str]) -> None:
         "split", None, "Split of the data (default: the config's).", flag_values=values
     )
     _define_protocol(values)
+    _define_passes(values)
     _define_output(values, "Folder of the report (default: in the run).")
 
 
@@ -74,12 +75,7 @@ def _define_predict(values: flags.FlagValues, argv: list[str]) -> None:
         flag_values=values,
     )
     _define_protocol(values)
-    flags.DEFINE_integer(
-        "batch_size", 1, "Windows, or images of equal size, in one pass.", flag_values=values
-    )
-    flags.DEFINE_float(
-        "canvas_gib", 2.0, "Memory for scores of unfinished images, GiB.", flag_values=values
-    )
+    _define_passes(values)
 
 
 def _define_prepare(values: flags.FlagValues, argv: list[str]) -> None:
@@ -107,6 +103,7 @@ def _run_evaluate(values: flags.FlagValues, words: list[str]) -> None:
         split=_value(values, "split"),
         protocol=_value(values, "protocol"),
         protocol_options=_protocol_options(values),
+        passes=_passes(values),
         output=_value(values, "output"),
     )
 
@@ -123,8 +120,7 @@ def _run_predict(values: flags.FlagValues, words: list[str]) -> None:
         submission=_value(values, "submission"),
         protocol=_value(values, "protocol"),
         protocol_options=_protocol_options(values),
-        batch_size=_value(values, "batch_size"),
-        canvas_gib=_value(values, "canvas_gib"),
+        **_passes(values),
         overwrite=_value(values, "overwrite"),
         resume=_value(values, "resume"),
         step=_value(values, "step"),
@@ -392,6 +388,27 @@ def _define_protocol(values: flags.FlagValues) -> None:
     flags.DEFINE_list(
         "stride", None, "Between windows, pixels (default: crop_size * 2/3).", flag_values=values
     )
+
+
+def _define_passes(values: flags.FlagValues) -> None:
+    flags.DEFINE_integer(
+        "batch_size",
+        None,
+        "Windows, or images of equal size, in one pass (default: 1, of a config evaluate.batch_size).",
+        flag_values=values,
+    )
+    flags.DEFINE_float(
+        "canvas_gib",
+        None,
+        "Memory for scores of unfinished images, GiB (default: 2, of a config evaluate.canvas_gib).",
+        flag_values=values,
+    )
+
+
+def _passes(values: flags.FlagValues) -> dict[str, Any]:
+    """What of the size of passes the flags change."""
+    options = {name: _value(values, name) for name in ("batch_size", "canvas_gib")}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _protocol_options(values: flags.FlagValues) -> dict[str, Any]:

@@ -13,8 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
+import jax
 import numpy as np
 import pytest
+from compiling import compilations
 
 from pspnet_jax import evaluate, report
 from pspnet_jax.arrays import IGNORE_LABEL
@@ -23,6 +25,7 @@ from pspnet_jax.checkpoint import CheckpointFolder
 from pspnet_jax.config import to_json
 from pspnet_jax.metrics import ImageScore, confusion_matrix
 from pspnet_jax.models.pspnet import IMAGENET_8BIT
+from pspnet_jax.parallel import make_mesh
 from pspnet_jax.protocols import PROTOCOLS, choose, override
 from pspnet_jax.report_html import page
 from pspnet_jax.report_text import protocol_words
@@ -506,3 +509,31 @@ def start_processes(count, run, output):
     for process, (_, error) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, error
     return [printed for printed, _ in outputs]
+
+
+@pytest.mark.slow
+def test_200_sizes_on_one_and_on_eight_devices():
+    """The same counts, every image once, and nothing compiled after the first image."""
+    sizes = np.random.default_rng(0).integers(20, 400, (200, 2)).tolist()
+    source = ExampleSource(200, sizes=sizes)
+    _, params, batch_stats = split_model(network(CAMVID.num_classes))
+    params["head"]["classifier"]["kernel"] = 40 * params["head"]["classifier"]["kernel"]
+    description = Description(options(), CAMVID, IMAGENET_8BIT, choose("semseg", CAMVID))
+    protocol = override(
+        choose("semseg", CAMVID), crop_size=(65, 65), base_size=96, scales=(0.5, 1.0, 1.5)
+    )
+    found = []
+    for devices in (jax.devices()[:1], jax.devices()):
+        segmenter = Segmenter(
+            description, params, batch_stats, provenance=PROVENANCE, mesh=make_mesh(devices)
+        )
+        passes = {"protocol": protocol, "batch_size": 2 * len(devices)}
+        evaluate.evaluate(segmenter, ExampleSource(1), **passes)
+        with compilations() as compiled:
+            found.append(evaluate.evaluate(segmenter, source, **passes))
+        assert compiled == []
+    one, eight = found
+    assert len(np.flatnonzero(one.confusion.sum(axis=0))) > 1
+    assert one.confusion.sum() == sum((source[i].labels != 255).sum() for i in range(200))
+    np.testing.assert_array_equal(one.confusion, eight.confusion)
+    assert [image.index for image in eight.images] == list(range(200))

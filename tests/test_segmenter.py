@@ -1,6 +1,5 @@
 """A network ready to use: any size of image, saved and loaded again."""
 
-import contextlib
 import dataclasses
 import functools
 
@@ -9,6 +8,7 @@ import numpy as np
 import plain_protocols
 import pytest
 import semseg_protocol
+from compiling import compilations
 
 from pspnet_jax import load
 from pspnet_jax.catalog import load_label_set
@@ -206,20 +206,6 @@ def test_windows_compile_the_network_once_for_all_sizes(segmenter):
         found = list(predict(example(*size).image for size in sizes))
     assert [each.class_map.shape for each in found] == sizes
     assert compiled == []
-
-
-@contextlib.contextmanager
-def compilations():
-    """Names of what XLA compiles meanwhile."""
-    compiled: list[str] = []
-
-    def listen(event: str, seconds: float, **details) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(str(details.get("fun_name")))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield compiled
-    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_options_of_the_checkpoints_own_protocol_are_kept(segmenter):

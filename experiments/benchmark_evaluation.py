@@ -11,7 +11,8 @@ accuracy of both are printed, too: they must be equal.
 
 Their script runs as published, in eager PyTorch. So that it runs without a GPU, `.cuda()` and DataParallel leave
 things where they are. It resizes 150 channels at once, which OpenCV 5 refuses: `--their_path=DIR` names a folder
-with OpenCV 4 (pip install --no-deps --target=DIR opencv-python-headless==4.11.0.86).
+with OpenCV 4 and Pillow 12 (pip install --no-deps --target=DIR opencv-python-headless==4.11.0.86 pillow==12.0.0;
+Pillow 13 refuses its palettes).
 """
 
 import argparse

@@ -209,6 +209,8 @@ class Slider:
             places += [(0, 0, 0, 0)] * missing
             for job in taken:
                 job.piece.waiting -= 1
+            if not jobs:
+                lane.jobs.pop(shape, None)
         given = next(crop for crop in crops if crop is not None)
         batch = np.stack([given if crop is None else crop for crop in crops])
         self.canvas = self.add(

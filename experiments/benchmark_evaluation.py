@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -90,6 +91,7 @@ def write_photographs(root: Path, images: list[str]) -> int:
     """ADE20K's layout with masks of random classes; for the authors' list also converted masks."""
     rng = np.random.default_rng(0)
     lines = []
+    shutil.rmtree(root, ignore_errors=True)
     for folder in ("images/validation", "annotations/validation", "converted"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     for i, path in enumerate(images):
@@ -143,7 +145,7 @@ def run_theirs(arguments: argparse.Namespace, output: Path, weights: Path) -> di
     seconds, text = timed(
         command + words, output / "theirs.log", cwd=arguments.semseg, PYTHONPATH=path
     )
-    scores = re.search(r"mIoU/mAcc/allAcc ([\d.]+)/([\d.]+)/([\d.]+)", text)
+    scores = re.search(r"mIoU/mAcc/allAcc (\d\.\d+)/(\d\.\d+)/(\d\.\d+)", text)
     assert scores, text[-2000:]
     mean_iou, _, pixel_accuracy = map(float, scores.groups())
     return {"seconds": seconds, "mean_iou": mean_iou, "pixel_accuracy": pixel_accuracy}

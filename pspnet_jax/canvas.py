@@ -41,17 +41,17 @@ def window_scores(
         logits_of: normalized images -> logits of the same height and width.
         images: normalized.
         averages: 'probabilities', 'summed_logits' or 'logits' (see `protocols.Rules`).
-        flip: together with the mirror images, which go through in the same batch; not used for 'logits'.
+        flip: together with the mirror images; not used for 'logits'.
     """
     if averages == "logits" or not flip:
         logits = logits_of(images).astype(jnp.float32)
         return logits if averages == "logits" else jax.nn.softmax(logits, axis=-1)
-    both = logits_of(jnp.concatenate([images, images[:, :, ::-1]])).astype(jnp.float32)
+    # One after the other: on a CPU, two passes of one window take a fifth less time than one of two.
+    upright = logits_of(images).astype(jnp.float32)
+    mirrored = logits_of(images[:, :, ::-1]).astype(jnp.float32)[:, :, ::-1]
     if averages == "summed_logits":
-        upright, mirrored = jnp.split(both, 2)
-        return jax.nn.softmax(upright + mirrored[:, :, ::-1], axis=-1)
-    upright, mirrored = jnp.split(jax.nn.softmax(both, axis=-1), 2)
-    return (upright + mirrored[:, :, ::-1]) / 2
+        return jax.nn.softmax(upright + mirrored, axis=-1)
+    return (jax.nn.softmax(upright, axis=-1) + jax.nn.softmax(mirrored, axis=-1)) / 2
 
 
 def add_windows(canvas: Canvas, scores: Scores, places: Places, count: jax.Array) -> Canvas:

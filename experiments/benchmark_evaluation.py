@@ -5,7 +5,7 @@
 
 in an environment with this package, torch, pyyaml, tensorboardX and pillow (their code imports them). Both sides
 are whole processes, one after the other on the same machine: they start, read the same weights (PSPNet-50, 150
-classes, random but sure of themselves) and photographs (resized to 512x683, every second one on its side), predict
+classes, random, with the statistics of the photographs) and photographs (resized to 512x683, every second one on its side), predict
 six scales with their mirror images by the authors' protocol, count, and write what they write. Mean IoU and pixel
 accuracy of both are printed, too: they must be equal.
 
@@ -28,7 +28,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from pspnet_torch import PSPNet
+from pspnet_torch import MEAN, STD, PSPNet
 
 from pspnet_jax import convert
 from pspnet_jax.data.folders import read_image
@@ -68,7 +68,7 @@ def main() -> None:
     log_to(None)
     output = Path(arguments.output).absolute()
     num_images = write_photographs(output / "data", arguments.images)
-    weights = write_weights(output / "weights.pth")
+    weights = write_weights(output / "weights.pth", arguments.images)
     if not (output / "model").exists():
         convert.run([str(weights)], output=str(output / "model"), family="semseg", labels="ade20k")
     found = {
@@ -110,18 +110,28 @@ def write_photographs(root: Path, images: list[str]) -> int:
     return len(images)
 
 
-def write_weights(path: Path) -> Path:
-    """A file as the authors' training writes it."""
+def write_weights(path: Path, images: list[str]) -> Path:
+    """A file as the authors' training writes it: random, with the statistics of the photographs."""
     if path.exists():
         return path
     torch.manual_seed(0)
-    network = PSPNet("resnet50", 150)
+    network = PSPNet("resnet50", 150, dropout_rate=0.0)
+    crops = [cv2.resize(read_image(Path(image)), (473, 473)) for image in images]
+    batch = torch.from_numpy((np.stack(crops) - MEAN) / STD).permute(0, 3, 1, 2).float()
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
-            torch.nn.init.normal_(module.running_mean, std=0.1)
+            module.momentum = 1.0  # the running statistics become the batch's
     with torch.no_grad():
-        network.cls[4].weight *= 30
+        network.train()
+        network(batch)
+        network.eval()
+        # Many classes, each somewhere: logits of mean 0 and a few units apart.
+        scores = network(batch)[0]
+        classifier = network.cls[4]
+        means = scores.mean(dim=(0, 2, 3))
+        scale = 4 / (scores - means[:, None, None]).std()
+        classifier.bias.copy_((classifier.bias - means) * scale)
+        classifier.weight.mul_(scale)
     state = {f"module.{name}": value for name, value in network.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"epoch": 100, "state_dict": state}, path)

@@ -73,8 +73,8 @@ def add_windows(canvas: Canvas, scores: Scores, places: Places, count: jax.Array
 class AxisTaps(NamedTuple):
     """Along one axis of a tile, for each field that is averaged."""
 
-    indices: Int32[np.ndarray | jax.Array, "fields taps pixels"]
-    weights: Float32[np.ndarray | jax.Array, "fields taps pixels"]
+    indices: Int32[np.ndarray | jax.Array, "*fields taps pixels"]
+    weights: Float32[np.ndarray | jax.Array, "*fields taps pixels"]
 
 
 class Tile(NamedTuple):
@@ -101,31 +101,24 @@ def make_tile(
 
     Args:
         canvas: scores.
-        rows: rows of the canvas for each row of the tile. The number of taps is even.
+        rows: rows of the canvas for each row of the tile.
         columns: likewise.
         of_logits: the canvas holds logits: the softmax of each field is averaged.
         wanted: beside the class map.
     """
     num_fields, num_taps = rows.indices.shape[:2]
-    blocks = (num_taps // 2, columns.indices.shape[1] // 2)
 
-    def part(field: jax.Array, down: jax.Array, across: jax.Array) -> jax.Array:
-        """Two by two taps."""
-        total = jnp.zeros((), canvas.dtype)
-        for i in (0, 1):
-            for j in (0, 1):
-                row, column = (field, 2 * down + i), (field, 2 * across + j)
-                samples = canvas.at[rows.indices[row][:, None], columns.indices[column][None]]
-                weights = rows.weights[row][:, None] * columns.weights[column][None]
-                total = total + samples.get(mode="clip") * weights[..., None]
-        return total
+    def at(field: jax.Array, i: int, j: int) -> jax.Array:
+        samples = canvas.at[rows.indices[field, i][:, None], columns.indices[field, j][None]]
+        weights = rows.weights[field, i][:, None] * columns.weights[field, j][None]
+        return samples.get(mode="clip") * weights[..., None]
 
     def field_scores(field: jax.Array) -> jax.Array:
-        def add(i: jax.Array, total: jax.Array) -> jax.Array:
-            return total + part(field, i // blocks[1], i % blocks[1])
-
-        scores = part(field, jnp.int32(0), jnp.int32(0))
-        scores = jax.lax.fori_loop(1, blocks[0] * blocks[1], add, scores)
+        if num_taps == columns.indices.shape[1] == 2:
+            scores = at(field, 0, 0) + at(field, 0, 1) + at(field, 1, 0) + at(field, 1, 1)
+        else:
+            down, across = (AxisTaps(*(x[field] for x in axis)) for axis in (rows, columns))
+            scores = _combine(_combine(canvas, down, axis=0), across, axis=1)
         return jax.nn.softmax(scores, axis=-1) if of_logits else scores
 
     shape = (rows.indices.shape[2], columns.indices.shape[2], canvas.shape[-1])
@@ -133,6 +126,18 @@ def make_tile(
         0, num_fields, lambda i, total: total + field_scores(i), jnp.zeros(shape, canvas.dtype)
     )
     return _described(total / num_fields, wanted)
+
+
+def _combine(x: Canvas, taps: AxisTaps, *, axis: int) -> Canvas:
+    """Along one axis, tap by tap: many taps are a sum over rows, then over columns."""
+
+    def add(i: jax.Array, total: jax.Array) -> jax.Array:
+        weights = jnp.expand_dims(taps.weights[i], (1, 2) if axis == 0 else (0, 2))
+        return total + jnp.take(x, taps.indices[i], axis=axis, mode="clip") * weights
+
+    shape = list(x.shape)
+    shape[axis] = taps.indices.shape[1]
+    return jax.lax.fori_loop(0, taps.indices.shape[0], add, jnp.zeros(shape, x.dtype))
 
 
 def _described(probabilities: jax.Array, wanted: Wanted) -> Tile:

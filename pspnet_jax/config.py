@@ -110,10 +110,13 @@ def default_config() -> ConfigDict:
     # protocol's own; what a protocol does not have cannot be set.
     evaluate.protocol = "whole"
     evaluate.scales = placeholder(tuple)  # factors of base_size, e.g. (0.5, 1.0)
-    evaluate.flip = placeholder(bool)  # average with the probabilities of the mirror image
+    evaluate.flip = placeholder(bool)  # average with the mirror image
+    evaluate.absent_class = placeholder(str)  # in means: skip | zero
     evaluate.base_size = placeholder(int)  # long or short side at scale 1, pixels
     evaluate.max_size = placeholder(int)  # what the long side may not pass, pixels
-    evaluate.crop_size = placeholder(tuple)  # (height, width) of windows; None = data.crop_size
+    evaluate.crop_size = placeholder(
+        tuple
+    )  # (height, width) of windows; None = data.crop_size, mmseg's own
     evaluate.stride = placeholder(tuple)  # between windows, down and across, pixels
     evaluate.batch_size = 1  # windows, or images of equal size, that go through together
     evaluate.canvas_gib = 2.0  # device memory for scores of unfinished images, beside the network's
@@ -198,6 +201,7 @@ _CONSTRAINTS: dict[str, tuple[Callable, str]] = {
         lambda x: len(x) > 0 and all(0 < v <= 100 for v in x),
         "factors above 0, at most 100, e.g. '(0.5,1.0)'",
     ),
+    "evaluate.absent_class": _one_of("skip", "zero"),
     "evaluate.base_size": _COUNT,
     "evaluate.max_size": _COUNT,
     "evaluate.crop_size": _PAIR,

@@ -52,15 +52,24 @@ def evaluate(
         canvas_gib: limit of device memory for class scores of unfinished images, GiB.
     """
     start = time.monotonic()
-    part = evaluate_part(
-        segmenter,
-        source,
-        protocol=protocol,
-        batch_size=batch_size,
-        canvas_gib=canvas_gib,
-        process_index=jax.process_index(),
-        num_processes=jax.process_count(),
-    )
+    part, failure = None, None
+    try:
+        part = evaluate_part(
+            segmenter,
+            source,
+            protocol=protocol,
+            batch_size=batch_size,
+            canvas_gib=canvas_gib,
+            process_index=jax.process_index(),
+            num_processes=jax.process_count(),
+        )
+    except Exception as error:  # the others wait for what this process says
+        failure = error
+    said = [text.decode() for text in parallel.gather(str(failure or "").encode()) if text]
+    if failure is not None:
+        raise failure
+    if part is None or said:
+        raise RuntimeError(f"another process stopped: {said[0]}")
     scored = sorted(ImageScore(*row) for row in _gather_rows(part.image_scores))
     assert [score.index for score in scored] == list(range(len(source))), (
         f"{len(scored)} images were evaluated, the split has {len(source)}"
@@ -121,8 +130,8 @@ def evaluate_part(
     predictions = segmenter.predict(
         images(), protocol=protocol, batch_size=batch_size, canvas_gib=canvas_gib
     )
-    what = f"images by {protocol.describe()}"
-    with Progress(num_images, what) if process_index == 0 else nullcontext() as progress:
+    by = f"by {protocol.describe()}"
+    with Progress(num_images, note=by) if process_index == 0 else nullcontext() as progress:
         for prediction in predictions:
             index, truth = waiting.popleft()
             part.add(index, truth, prediction.class_map)

@@ -30,6 +30,10 @@ _USED_OPTIONS = {
     ),
     "prepare": ("--config.data.", "--config.evaluate.split="),
 }
+_LESS_MEMORY = {
+    True: "a smaller --config.train.global_batch_size (with more --config.train.accumulate_steps) takes less",
+    False: "a smaller --batch_size or --canvas_gib takes less, or a protocol with windows",
+}
 _MISSING_CONFIG = "--config=FILE is missing, e.g. --config=configs/scenes.py"
 
 
@@ -380,10 +384,13 @@ def _define_protocol(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "base_size",
         None,
-        "Long side at scale 1, pixels (default: label set's).",
+        "Long (mmseg, csail: short) side at scale 1, pixels (default: label set's).",
         flag_values=values,
     )
-    flags.DEFINE_integer("max_size", None, "Limit of the long side, pixels.", flag_values=values)
+    flags.DEFINE_integer(
+        "max_size", None, "Limit of the long side, pixels (mmseg, csail).", flag_values=values
+    )
+    flags.DEFINE_string("absent_class", None, "In means: skip or zero.", flag_values=values)
     flags.DEFINE_list("crop_size", None, "Of windows: 473 or 473,713 pixels.", flag_values=values)
     flags.DEFINE_list(
         "stride", None, "Between windows, pixels (default: crop_size * 2/3).", flag_values=values
@@ -417,6 +424,7 @@ def _protocol_options(values: flags.FlagValues) -> dict[str, Any]:
         "scales": _numbers(values, "scales", float),
         "flip": _value(values, "flip"),
         "base_size": _value(values, "base_size"),
+        "absent_class": _value(values, "absent_class"),
         "max_size": _value(values, "max_size"),
         "crop_size": _pair(values, "crop_size"),
         "stride": _pair(values, "stride"),
@@ -462,6 +470,11 @@ def _run(verb: Verb, values: flags.FlagValues, words: list[str]) -> int:
         # The place in the code is for log.txt; whoever typed the command needs the sentence.
         log.debug("stopped by", exc_info=True)
         return _fail(1, str(error))
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        log.debug("stopped by", exc_info=True)
+        return _fail(1, f"out of memory: {_LESS_MEMORY[verb is VERBS['train']]}\n{error}")
     except KeyboardInterrupt:
         return _fail(130, f"interrupted; {verb.after_interrupt}")
     return 0

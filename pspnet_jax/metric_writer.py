@@ -145,12 +145,14 @@ class Progress:
     Args:
         total: number of rounds.
         what: what is counted, in the plural, the unit first: "images of val".
+        note: stands at the end of the line, which a narrow terminal cuts.
     """
 
     _is_bar_shown: ClassVar[bool] = False
 
-    def __init__(self, total: int, what: str = "images"):
+    def __init__(self, total: int, what: str = "images", *, note: str = ""):
         self._total, self._what, self._done = total, what, 0
+        self._note = f"  {note}" if note else ""
         self._unit = what.split()[0]
         self._is_terminal = sys.stderr.isatty()
         self._start = self._last_line = self._last_bar = time.monotonic()
@@ -184,7 +186,7 @@ class Progress:
             return
         seconds = time.monotonic() - self._start
         rate = _rate(self._done / max(seconds, 1e-9))
-        state = f"{self._count()}  {rate} {self._unit}/s  in {_duration(seconds)}"
+        state = f"{self._count()}  {rate} {self._unit}/s  in {_duration(seconds)}{self._note}"
         self._write_line(state)
         if self._is_terminal:
             print(state, file=sys.stderr, flush=True)
@@ -219,7 +221,7 @@ class Progress:
         then, done = self._marks[0] if self._marks else (self._start, 0)
         rate = (self._done - done) / max(now - then, 1e-9)
         left = f"  {_duration((self._total - self._done) / rate)} left" if rate else ""
-        return f"{self._count()}  {_rate(rate)} {self._unit}/s{left}"
+        return f"{self._count()}  {_rate(rate)} {self._unit}/s{left}{self._note}"
 
 
 def progress_line(

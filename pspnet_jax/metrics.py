@@ -45,7 +45,8 @@ class Scores:
 
     @property
     def csail_score(self) -> float:
-        """Mean of mean IoU and pixel accuracy, the scene-parsing challenge's score."""
+        """Mean of mean IoU and pixel accuracy; the scene-parsing challenge's score where absent classes
+        count as 0."""
         return (self.mean_iou + self.pixel_accuracy) / 2
 
 

@@ -35,10 +35,12 @@ from pspnet_jax.data.folders import read_image
 from pspnet_jax.data.layouts import DataError
 from pspnet_jax.image_files import ImageFile, find_images
 from pspnet_jax.metric_writer import Progress, write_whole
-from pspnet_jax.segmenter import Prediction, Protocol, Segmenter, load
+from pspnet_jax.segmenter import Prediction, Protocol, Segmenter, check_passes, load
 
 DEFAULT_OUTPUTS = ("class_maps", "palette", "overlays", "legend")
 OUTPUTS = (*DEFAULT_OUTPUTS, "confidence", "entropy", "probabilities")
+_OWN = (*OUTPUTS, "legend.png", "submission")
+"""What a folder of results holds: never images to predict."""
 _SCALES = {
     "confidence": "confidence: probability of the class",
     "entropy": "entropy: 0 one class, 1 all classes equally probable",
@@ -105,8 +107,7 @@ def run(
     """
     _check_options(outputs, batch_size, canvas_gib, overwrite=overwrite, resume=resume)
     benchmark = submission_module.choose(submission) if submission else None
-    own = [Path(output, name) for name in (*OUTPUTS, "legend.png", "submission")]
-    files = find_images(images, without=own)
+    files = find_images(images, without=[Path(output, name) for name in _OWN])
     targets = _targets(files, Path(output), outputs, benchmark)
     todo = _to_do(targets, overwrite=overwrite, resume=resume)
     if len(todo) < len(files):
@@ -115,6 +116,7 @@ def run(
         return []
     segmenter = load(checkpoint, step=step)
     chosen = segmenter.choose_protocol(protocol, **(protocol_options or {}))
+    log.info("%d images by %s", len(todo), chosen.describe())
     raw_ids = benchmark.raw_ids(segmenter.label_set) if benchmark else None
     _write_about(Path(output), segmenter, chosen, outputs, overwrite=overwrite)
     work = _Pass(chosen, batch_size, canvas_gib, tuple(outputs), raw_ids)
@@ -132,10 +134,7 @@ def _check_options(
     unknown = [kind for kind in outputs if kind not in OUTPUTS]
     if unknown:
         raise ValueError(f"outputs={','.join(unknown)} are not among {', '.join(OUTPUTS)}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
-    if not canvas_gib > 0:
-        raise ValueError(f"canvas_gib={canvas_gib} must be above 0, GiB")
+    check_passes(batch_size, canvas_gib)
     if overwrite and resume:
         raise ValueError(
             "--overwrite does all images again, --resume those without results: one of them"

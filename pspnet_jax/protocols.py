@@ -1,8 +1,8 @@
 """Protocols: the ways to evaluate, each a name with all its options.
 
 The same network scores differently under another protocol, so reports carry it in full. Sources:
-hszhao/semseg (tool/test.py), hszhao/PSPNet (evaluation/*.m), open-mmlab/mmsegmentation (encoder_decoder.py,
-seg_tta.py and the configs of PSPNet), CSAILVision/semantic-segmentation-pytorch (eval.py, dataset.py).
+hszhao/semseg (tool/test.py), hszhao/PSPNet (evaluation/*.m), open-mmlab/mmsegmentation (encoder_decoder.py
+and the configs of PSPNet), CSAILVision/semantic-segmentation-pytorch (eval.py, dataset.py).
 
 `whole`: the image at its own size in one forward pass, averaged with its mirror image as probabilities
 where `flip`. Our own, for data without a published protocol.
@@ -19,12 +19,15 @@ public: an 8-bit value of a resized image may be off by one.
 
 `mmseg-whole`: the short side becomes base_size, or less where the long one would pass max_size; one
 forward pass; logits are resized to the image. Each scale and mirror image is averaged as probabilities.
+Scales multiply both limits, as in mmsegmentation before 1.0; from 1.0 on they multiply the image's own size.
 
 `mmseg-slide`: the same with windows, whose logits are averaged. A window is smaller where the image is.
 
 `csail`: the short side becomes scale * base_size, or less where the long one would pass max_size; both
 are rounded up to multiples of 8; images are resized as by Pillow. One forward pass at each scale;
-logits go from the network's resolution straight to the image's, probabilities are averaged.
+logits go from the network's resolution straight to the image's, probabilities are averaged. A network
+that takes no multiples of 8 (semseg: 8n + 1) is given one pixel more; its logits are cut before the last
+resizing.
 """
 
 import math
@@ -111,15 +114,17 @@ class Protocol:
         parts = [self.name]
         if self.flip != usual.flip:
             parts.append("flip" if self.flip else "noflip")
+        if self.absent_class != usual.absent_class:
+            parts.append(f"absent{self.absent_class}")
         if self.scales != usual.scales:
-            parts.append("scales" + ",".join(f"{scale:.4g}" for scale in self.scales))
+            parts.append("scales" + ",".join(f"{scale:.15g}" for scale in self.scales))
         if self.base_size != usual.base_size:
             parts.append(f"base{self.base_size}")
         if self.max_size != usual.max_size:
             parts.append(f"max{self.max_size}")
         if self.crop_size and self.crop_size != usual.crop_size:
             parts.append("crop{}x{}".format(*self.crop_size))
-        if self.crop_size and self.stride not in (usual.stride, _stride(self)):
+        if self.crop_size and self.stride != _stride(self):
             parts.append("stride{}x{}".format(*self.stride or ()))
         return "-".join(parts)
 
@@ -135,6 +140,10 @@ class Protocol:
         if self.crop_size and self.stride:
             said.append("windows {}x{}".format(*self.crop_size))
             said.append("stride {}x{}".format(*self.stride))
+            said.append(_PADS[self.rules.pads])
+        said.append(_AVERAGES[self.rules.averages])
+        if self.name == "caffe":
+            said.append("resized as by MATLAB, up to 1 of 255")
         said.append(f"absent classes {'count as 0' if self.absent_class == 'zero' else 'left out'}")
         return f"{self.name} ({'; '.join(said if self.resizes else said[1:])})"
 
@@ -173,6 +182,17 @@ def _base(protocol: Protocol) -> int:
     assert protocol.base_size, protocol
     return protocol.base_size
 
+
+_PADS = {
+    "around": "padded on all sides",
+    "after": "padded below and to the right",
+    "never": "not padded",
+}
+_AVERAGES = {
+    "probabilities": "probabilities averaged",
+    "summed_logits": "logits of mirror images added, probabilities averaged",
+    "logits": "probabilities of scales and mirror images averaged",
+}
 
 RULES = {
     "whole": Rules(scaled=None),
@@ -219,7 +239,7 @@ PROTOCOLS = {
         max_size=1000,
     ),
 }
-OPTIONS = ("flip", "scales", "base_size", "max_size", "crop_size", "stride")
+OPTIONS = ("flip", "absent_class", "scales", "base_size", "max_size", "crop_size", "stride")
 
 
 def choose(name: str, label_set: LabelSet) -> Protocol:
@@ -282,10 +302,14 @@ def has_option(protocol: Protocol, option: str) -> bool:
         return usual.slides
     if option == "scales":
         return usual.resizes
-    return option in OPTIONS and (option == "flip" or getattr(usual, option) is not None)
+    return option in OPTIONS and (
+        option in ("flip", "absent_class") or getattr(usual, option) is not None
+    )
 
 
 def _check(protocol: Protocol) -> None:
+    if protocol.absent_class not in ("skip", "zero"):
+        raise ValueError(f"absent_class={protocol.absent_class!r} must be skip or zero")
     if not protocol.scales or not all(0 < scale <= 100 for scale in protocol.scales):
         raise ValueError(
             f"scales={protocol.scales} must be factors above 0, at most 100: 0.5,1,1.5"

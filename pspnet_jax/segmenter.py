@@ -4,8 +4,8 @@
   describes itself.
 * Images of any size are accepted: they are padded at the bottom and right with the mean to the network's
   size rule, and the result is cropped back.
-* One compilation for each image size (and batch size); they are kept. Under a protocol with windows
-  there is one for all sizes.
+* Compilations are kept. Under a protocol with padded windows there is one for all image sizes, else one
+  for each size that the network pads images to.
 """
 
 import functools
@@ -188,9 +188,10 @@ class Segmenter:
             probabilities: also all class probabilities, in this precision.
 
         Raises:
-            ValueError: for what is no RGB image, naming its shape.
+            ValueError: for what is no RGB image, naming its shape, or an impossible number.
         """
         chosen = protocol or self.protocol
+        check_passes(batch_size, canvas_gib)
         tile = functools.partial(
             _make_tile,
             of_logits=chosen.rules.averages == "logits",
@@ -207,9 +208,7 @@ class Segmenter:
             network=NetworkRule(FAMILIES[self.description.model.family].padded, self._resize_rule),
             num_lanes=self._mesh.size,
             batch_size=batch_size,
-            score=lambda batch: _head_scores(
-                *self._state, self._split(batch), description=self.description
-            ),
+            score=self._score,
             stack=functools.partial(_stack_scores, mesh=self._mesh),
             tile=tile,
         )
@@ -234,10 +233,9 @@ class Segmenter:
         canvas_gib: float,
     ) -> Iterator[Prediction]:
         rules, num_classes = protocol.rules, self.label_set.num_classes
-        width = windows.canvas_width(protocol)
-        wanted = windows.canvas_height(protocol, batch_size)  # may be less than is granted
-        granted = int(canvas_gib * 2**30 / (4 * width * num_classes))
-        shape = (self._mesh.size, min(wanted, granted), width, num_classes)
+        samples = int(canvas_gib * 2**30 / (4 * num_classes))
+        rows, columns = windows.canvas_size(protocol, batch_size, samples)
+        shape = (self._mesh.size, rows, columns, num_classes)
 
         def add(canvas: jax.Array, batch: AnyArray, places: AnyArray, counts: AnyArray):
             return _add_windows(
@@ -260,6 +258,15 @@ class Segmenter:
             tile=tile,
         )
         return slider.run(images)
+
+    def _score(self, images: AnyArray) -> jax.Array:
+        """Scores of raw images at the network's resolution; sizes that it pads alike compile once."""
+        height, width = images.shape[1:3]
+        family = FAMILIES[self.description.model.family]
+        after = (family.padded(height) - height, family.padded(width) - width)
+        padded = np.pad(images, ((0, 0), (0, after[0]), (0, after[1]), (0, 0)))
+        size = np.array([height, width], np.int32)
+        return _head_scores(*self._state, self._split(padded), size, description=self.description)
 
     @property
     def _resize_rule(self) -> str:
@@ -358,6 +365,14 @@ def choose_step(folder: CheckpointFolder, step: str | int) -> int:
     )
 
 
+def check_passes(batch_size: int, canvas_gib: float) -> None:
+    """Raise ValueError for numbers that no pass can have."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    if not 0 < canvas_gib <= 2**20:
+        raise ValueError(f"canvas_gib={canvas_gib} must be above 0, GiB")
+
+
 def _checked(image: np.ndarray) -> AnyImage:
     """Floating images may be normalized ones; a protocol that resizes could not tell."""
     image = np.asarray(image)
@@ -389,13 +404,7 @@ def model_part(description: Description, params: Tree, batch_stats: Tree) -> Tre
 def _scores_of(
     params: Tree, batch_stats: Tree, images: Images, *, description: Description
 ) -> Maps:
-    """Logits of normalized images, at the network's own resolution, for the padded images."""
-    options = description.model
-    height, width = images.shape[1:3]
-    family = FAMILIES[options.family]
-    padded = (family.padded(height), family.padded(width))
-    # Normalized, the mean color is 0.
-    images = jnp.pad(images, ((0, 0), (0, padded[0] - height), (0, padded[1] - width), (0, 0)))
+    """Logits of normalized images of a size that the network takes, at its own resolution."""
     model = nnx.merge(structure(description)[0], params, batch_stats)
     return model(images, train=False).logits
 
@@ -407,6 +416,8 @@ def _logits_of(
     height, width = images.shape[1:3]
     family = FAMILIES[description.model.family]
     padded = (family.padded(height), family.padded(width))
+    # Normalized, the mean color is 0.
+    images = jnp.pad(images, ((0, 0), (0, padded[0] - height), (0, padded[1] - width), (0, 0)))
     scores = _scores_of(params, batch_stats, images, description=description)
     resized = resize(scores, padded, align_corners=description.model.align_corners)
     return resized[:, :height, :width]
@@ -426,8 +437,14 @@ def _logits(params: Tree, batch_stats: Tree, images, *, description: Description
 
 
 @functools.partial(jax.jit, static_argnames="description")
-def _head_scores(params: Tree, batch_stats: Tree, images, *, description: Description) -> Maps:
+def _head_scores(
+    params: Tree, batch_stats: Tree, images, size, *, description: Description
+) -> Maps:
+    """Of raw images that are larger than `size` = (height, width): what lies beyond is the mean color."""
     images = normalize(images, description.normalization, dtype=jnp.float32)
+    rows = jax.lax.broadcasted_iota(jnp.int32, images.shape, 1)
+    columns = jax.lax.broadcasted_iota(jnp.int32, images.shape, 2)
+    images = jnp.where((rows < size[0]) & (columns < size[1]), images, 0)
     scores = _scores_of(params, batch_stats, images, description=description)
     return scores.astype(jnp.float32)
 

@@ -8,7 +8,7 @@
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -50,12 +50,15 @@ class _Result:
     num_parts: int
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
-    def put(self, tile: dict[str, np.ndarray], top: int, end: int, left: int) -> None:
-        rows, columns = end - top, min(self.size[1] - left, tile["class_map"].shape[1])
+    def put(self, tile: dict[str, np.ndarray], target: "_Target", corner: tuple[int, int]) -> None:
+        """Take over a tile whose first pixel is at a corner of the target."""
+        top, left = (a + b for a, b in zip(target.corner, corner, strict=True))
+        rows, columns = (size - first for size, first in zip(target.size, corner, strict=True))
         for name, values in tile.items():
             if name not in self.arrays:
                 self.arrays[name] = np.empty((*self.size, *values.shape[2:]), values.dtype)
-            self.arrays[name][top:end, left : left + columns] = values[:rows, :columns]
+            cut = values[:rows, :columns]
+            self.arrays[name][top : top + cut.shape[0], left : left + cut.shape[1]] = cut
 
     @property
     def prediction(self) -> Prediction:
@@ -147,17 +150,21 @@ class Slider:
         results: deque[_Result] = deque()
         for image in images:
             size = (image.shape[0], image.shape[1])
-            parts = plan(size, self.protocol, self.rule, canvas_rows=self.lanes[0].num_rows)
+            parts = plan(
+                size, self.protocol, self.rule, canvas=(self.canvas.shape[1], self.canvas.shape[2])
+            )
             results.append(_Result(size, len(parts)))
+            found = [view_part.view for view_part in parts[0].views]
+            scaled = {view: view_image(image, view, self.protocol, self.fill) for view in found}
             for part in parts:
-                self._place(image, part, results[-1])
+                self._place(scaled, part, results[-1])
                 self._run_full_passes()
             yield from _finished(results)
         while any(lane.pieces for lane in self.lanes):
             self._advance()
             yield from _finished(results)
 
-    def _place(self, image: AnyImage, part: Part, result: _Result) -> None:
+    def _place(self, scaled: Mapping[View, AnyImage], part: Part, result: _Result) -> None:
         """Put a part into the lane with the least to do, once there is room."""
         while True:
             rooms = [(lane, lane.room(part.height)) for lane in self.lanes]
@@ -170,10 +177,9 @@ class Slider:
         lane.pieces.append(piece)
         for view_part in part.views:
             view = view_part.view
-            scaled = view_image(image, view, self.protocol, self.fill)
             jobs = lane.jobs.setdefault((view.rows.window, view.columns.window), deque())
-            jobs += [_Job(piece, scaled, window, row) for window in view_part.windows]
-            row += view_part.height
+            jobs += [_Job(piece, scaled[view], window, row) for window in view_part.windows]
+            row += view_part.rows.length
 
     def _run_full_passes(self) -> None:
         """As many passes as can be filled in all lanes; then results that are ready in all of them."""
@@ -264,27 +270,26 @@ def whole(
     def run(waiting: list[AnyImage]) -> Iterator[Prediction]:
         size = (waiting[0].shape[0], waiting[0].shape[1])
         found = views(size, protocol)
-        filled = waiting + waiting[-1:] * (num_lanes * batch_size - len(waiting))
-        scores = [
-            score(
-                np.stack([view_image(image, view, protocol, (0.0, 0.0, 0.0)) for image in filled])
-            )
-            for view in found
-        ]
+        missing = num_lanes * batch_size - len(waiting)
+        scores = []
+        for view in found:
+            scaled = [view_image(image, view, protocol, (0.0, 0.0, 0.0)) for image in waiting]
+            scores.append(score(np.stack(scaled + scaled[-1:] * missing)))
         canvas = stack(scores)
-        results = [_Result(size, 0) for _ in filled]
+        results = [_Result(size, 0) for _ in waiting]
         rows, columns = (
             _whole_taps(scores, found, size, protocol, network, axis) for axis in (0, 1)
         )
         heights = [each.shape[1] for each in scores]
         for slot in range(batch_size):
-            offsets = np.cumsum([slot * sum(heights), *heights[:-1]]).tolist()
+            firsts = np.cumsum([slot * sum(heights), *heights[:-1]]).tolist()
+            offsets = [(first, 0) for first in firsts]
             targets = [
-                _Target(results[lane * batch_size + slot], 0, size[0], rows, columns, offsets)
-                for lane in range(num_lanes)
+                _Target(results[i], (0, 0), rows, columns, offsets) if i < len(results) else None
+                for i in range(slot, num_lanes * batch_size, batch_size)
             ]
             _make_tiles(tile, canvas, targets, _tile_shape(size))
-        yield from (result.prediction for result in results[: len(waiting)])
+        yield from (result.prediction for result in results)
 
     waiting: list[AnyImage] = []
     for image in images:
@@ -298,33 +303,41 @@ def whole(
 
 @dataclass(frozen=True)
 class _Target:
-    """Rows of a result that are to be made, and of what."""
+    """A rectangle of a result that is to be made, and of what."""
 
     result: _Result
-    start: int
-    end: int
+    corner: tuple[int, int]
+    """First row and column in the result."""
     rows: list[Taps]
-    """Of each field, for the rows start .. end."""
+    """Of each field, for its rows and columns."""
     columns: list[Taps]
-    offsets: list[int]
-    """First row of each field in the canvas."""
+    offsets: list[tuple[int, int]]
+    """Of each field: where the canvas has its sample 0."""
+
+    @property
+    def size(self) -> Size:
+        return len(self.rows[0].indices), len(self.columns[0].indices)
 
 
 def _target_of_piece(piece: _Piece, rule: str) -> _Target:
-    start, end, parts = piece.part
+    (top, bottom), (left, right), parts = piece.part
     height, width = piece.result.size
-    firsts = np.cumsum([piece.row, *(part.height for part in parts[:-1])])
+    firsts = np.cumsum([piece.row, *(part.rows.length for part in parts[:-1])]).tolist()
     return _Target(
         piece.result,
-        start,
-        end,
-        rows=[result_taps(part.view.rows, height, rule).rows(start, end) for part in parts],
+        (top, left),
+        rows=[result_taps(part.view.rows, height, rule).rows(top, bottom) for part in parts],
         columns=[
-            result_taps(part.view.columns, width, rule, mirrored=part.view.mirrored)
+            result_taps(part.view.columns, width, rule, mirrored=part.view.mirrored).rows(
+                left, right
+            )
             for part in parts
         ],
-        # Indices count from the first row of the view, the canvas holds it from its first window on.
-        offsets=[int(first) - part.top for first, part in zip(firsts, parts, strict=True)],
+        # Indices count from the first sample of the view, the canvas has it from its first window on.
+        offsets=[
+            (first - part.rows.starts[0], -part.columns.starts[0])
+            for first, part in zip(firsts, parts, strict=True)
+        ],
     )
 
 
@@ -351,58 +364,52 @@ def _whole_taps(
 
 
 def _make_tiles(
-    tile: TileFunction,
-    canvas: jax.Array,
-    targets: Sequence[_Target | None],
-    shape: tuple[int, int],
+    tile: TileFunction, canvas: jax.Array, targets: Sequence[_Target | None], shape: Size
 ) -> None:
-    """Make the targets of all lanes, tile by tile; a lane without one repeats another's."""
-    given = next(target for target in targets if target is not None)
-    todo = [_tiles(target or given, shape) for target in targets]
-    pending: list[tuple[Tile, list[tuple[int, int, int]]]] = []
+    """Make the targets of all lanes, tile by tile; what a lane without one makes is thrown away."""
+    given = next((target for target in targets if target is not None), None)
+    if given is None:
+        return
+    made = [target or given for target in targets]
+    todo = [_tiles(target.size, shape) for target in made]
+    pending: list[tuple[Tile, list[tuple[int, int]]]] = []
     for k in range(max(map(len, todo))):
         # A lane that is done makes its last tile again.
-        places = [tiles[min(k, len(tiles) - 1)] for tiles in todo]
-        rows = [
-            stack_taps(
-                [taps.rows(top - target.start, end - target.start) for taps in target.rows],
-                target.offsets,
-                pixels=shape[0],
+        corners = [tiles[min(k, len(tiles) - 1)] for tiles in todo]
+        rows, columns = (
+            _stack_lanes(
+                [_tile_taps(*each, axis, shape) for each in zip(made, corners, strict=True)]
             )
-            for target, (top, end, _) in zip((t or given for t in targets), places, strict=True)
-        ]
-        columns = [
-            stack_taps(
-                [taps.rows(left, left + shape[1]) for taps in target.columns],
-                [0] * len(target.columns),
-                pixels=shape[1],
-            )
-            for target, (_, _, left) in zip((t or given for t in targets), places, strict=True)
-        ]
-        pending.append((tile(canvas, _stack_lanes(rows), _stack_lanes(columns)), places))
+            for axis in (0, 1)
+        )
+        pending.append((tile(canvas, rows, columns), corners))
         if len(pending) > 1:  # the next tile is made while this one is fetched
             _fetch(*pending.pop(0), targets)
     _fetch(*pending.pop(), targets)
 
 
-def _tiles(target: _Target, shape: tuple[int, int]) -> list[tuple[int, int, int]]:
-    """First row, end row and first column of each tile."""
+def _tiles(size: Size, shape: Size) -> list[tuple[int, int]]:
+    """First row and column of each tile."""
     return [
-        (top, min(top + shape[0], target.end), left)
-        for top in range(target.start, target.end, shape[0])
-        for left in range(0, target.result.size[1], shape[1])
+        (top, left) for top in range(0, size[0], shape[0]) for left in range(0, size[1], shape[1])
     ]
 
 
-def _fetch(
-    tile: Tile, places: list[tuple[int, int, int]], targets: Sequence[_Target | None]
-) -> None:
+def _tile_taps(target: _Target, corner: tuple[int, int], axis: int, shape: Size) -> AxisTaps:
+    first, end = corner[axis], corner[axis] + shape[axis]
+    taps = [each.rows(first, end) for each in (target.rows, target.columns)[axis]]
+    return stack_taps(taps, [offset[axis] for offset in target.offsets], pixels=shape[axis])
+
+
+def _fetch(tile: Tile, corners: list[tuple[int, int]], targets: Sequence[_Target | None]) -> None:
     arrays = {
         name: np.asarray(values) for name, values in tile._asdict().items() if values is not None
     }
-    for lane, (target, place) in enumerate(zip(targets, places, strict=True)):
+    for lane, (target, corner) in enumerate(zip(targets, corners, strict=True)):
         if target is not None:
-            target.result.put({name: values[lane] for name, values in arrays.items()}, *place)
+            target.result.put(
+                {name: values[lane] for name, values in arrays.items()}, target, corner
+            )
 
 
 def _stack_lanes(taps: list[AxisTaps]) -> AxisTaps:
@@ -429,7 +436,7 @@ def _crop(job: _Job, shape: Size) -> np.ndarray:
 
 def _place_of(job: _Job) -> tuple[int, int, int, int]:
     window = job.window
-    return (job.first_row + window.row, window.left, window.rows_seen, window.columns_seen)
+    return (job.first_row + window.row, window.column, window.rows_seen, window.columns_seen)
 
 
 def _finished(results: deque[_Result]) -> Iterator[Prediction]:

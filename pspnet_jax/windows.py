@@ -4,13 +4,13 @@
 * The scores of a view's windows are added up in rows of a canvas (see `canvas`). `result_taps` says of
   which samples of the canvas each row and column of the result is made: cutting off the padding, dividing
   by the number of windows over a sample and resizing are one step.
-* `plan` cuts results that would need more of the canvas than there is into parts, each with the windows
-  that touch it.
+* `plan` cuts results that would need more of the canvas than there is into rectangles, each with the
+  windows that touch it.
 """
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import cv2
@@ -149,94 +149,142 @@ class Window(NamedTuple):
     left: int
     """Of its first pixel, in the padded image."""
     row: int
-    """Of its first sample, from the first row of its view in the canvas."""
+    column: int
+    """Of its first sample, from the first one of its view in the canvas."""
     rows_seen: int
     columns_seen: int
     """Its first rows and columns already hold scores of earlier windows; the rest of the canvas there
     may hold anything."""
 
 
+class Span(NamedTuple):
+    """The windows along one axis of a view that some samples of the result need."""
+
+    starts: tuple[int, ...]
+    window: int
+
+    @property
+    def length(self) -> int:
+        """Samples from the first window's first to the last one's last."""
+        return self.starts[-1] + self.window - self.starts[0]
+
+    def seen(self, i: int) -> int:
+        """How many samples of window i the one before it has."""
+        return self.starts[i - 1] + self.window - self.starts[i] if i else 0
+
+
 class ViewPart(NamedTuple):
     """The windows of a view that a part of the result needs."""
 
     view: View
-    top: int
-    """First row of the padded image in the canvas."""
-    height: int
-    """Rows of the canvas."""
-    windows: tuple[Window, ...]
+    rows: Span
+    columns: Span
+
+    @property
+    def windows(self) -> list[Window]:
+        """In the order in which they must be added."""
+        return [
+            Window(
+                top,
+                left,
+                top - self.rows.starts[0],
+                left - self.columns.starts[0],
+                self.rows.seen(i),
+                self.columns.seen(j),
+            )
+            for i, top in enumerate(self.rows.starts)
+            for j, left in enumerate(self.columns.starts)
+        ]
 
 
 class Part(NamedTuple):
-    """Some rows of an image's result, made of some windows."""
+    """A rectangle of an image's result, made of some windows."""
 
-    start: int
-    end: int
-    """Rows of the result."""
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+    """First and end, of the result."""
     views: tuple[ViewPart, ...]
 
     @property
     def height(self) -> int:
-        """Rows of the canvas."""
-        return sum(part.height for part in self.views)
+        """Rows of the canvas: views lie below each other."""
+        return sum(part.rows.length for part in self.views)
 
 
-def plan(size: Size, protocol: Protocol, rule: str, *, canvas_rows: int) -> list[Part]:
+def plan(size: Size, protocol: Protocol, rule: str, *, canvas: Size) -> list[Part]:
     """The parts in which an image's result is made: one where the canvas has room for all its views.
 
-    Rows on both sides of a cut need the windows over it: those are computed once for each part.
+    Both sides of a cut need the windows over it: those are computed once for each part.
+
+    Args:
+        canvas: its rows and columns.
 
     Raises:
-        ValueError: where the canvas has no room for a single row of the result.
+        ValueError: where the canvas has no room for a single sample of the result.
     """
-    height = size[0]
     found = views(size, protocol)
-    taps = [result_taps(view.rows, height, rule) for view in found]
-    num_parts = 1
-    while True:
-        cuts = [height * i // num_parts for i in range(num_parts + 1)]
-        parts = [
-            Part(start, end, tuple(map(_view_part, found, (t.rows(start, end) for t in taps))))
-            for start, end in itertools.pairwise(cuts)
+    down = [(view.rows, result_taps(view.rows, size[0], rule)) for view in found]
+    across = [
+        (view.columns, result_taps(view.columns, size[1], rule, mirrored=view.mirrored))
+        for view in found
+    ]
+    return [
+        Part(rows, columns, tuple(map(ViewPart, found, row_spans, column_spans)))
+        for rows, row_spans in _cuts(down, canvas[0], sum)
+        for columns, column_spans in _cuts(across, canvas[1], max)
+    ]
+
+
+def _cuts(
+    axes: list[tuple[Axis, Taps]], limit: int, total: Callable[[Iterable[int]], int]
+) -> list[tuple[tuple[int, int], list[Span]]]:
+    """One axis of the result in as few pieces as fit: first and end, and the windows of each view."""
+    side = len(axes[0][1].indices)
+
+    def pieces(count: int) -> list[tuple[tuple[int, int], list[Span]]]:
+        cuts = [side * i // count for i in range(count + 1)]
+        return [
+            ((a, b), [_span(axis, taps.rows(a, b)) for axis, taps in axes])
+            for a, b in itertools.pairwise(cuts)
         ]
-        largest = max(part.height for part in parts)
-        if largest <= canvas_rows:
-            return parts
-        if num_parts == height:
-            raise ValueError(
-                f"one row of an image of {size[0]}x{size[1]} pixels needs {largest} rows of scores, "
-                f"canvas_gib has room for {canvas_rows}; give it more or fewer scales at a time"
-            )
-        num_parts = min(height, num_parts + max(1, num_parts // 4))
+
+    def needed(found: list[tuple[tuple[int, int], list[Span]]]) -> int:
+        return max(total(span.length for span in spans) for _, spans in found)
+
+    count, found = 1, pieces(1)
+    if needed(found) > limit and needed(pieces(side)) > limit:
+        raise ValueError(
+            f"canvas_gib is too small for the windows of {len(axes)} views: it must be "
+            f"{needed(pieces(side)) / limit:.2f} times as much"
+        )
+    while needed(found) > limit:
+        count = min(side, count + max(1, count // 4))
+        found = pieces(count)
+    return found
 
 
-def _view_part(view: View, taps: Taps) -> ViewPart:
+def _span(axis: Axis, taps: Taps) -> Span:
     used = taps.indices[taps.weights > 0]
     first, last = int(used.min()), int(used.max())
-    rows, columns = view.rows, view.columns
-    tops = [top for top in rows.starts if top <= last and top + rows.window > first]
-    windows = [
-        Window(top, left, top - tops[0], _seen(tops, i, rows), _seen(columns.starts, j, columns))
-        for i, top in enumerate(tops)
-        for j, left in enumerate(columns.starts)
-    ]
-    return ViewPart(view, tops[0], tops[-1] + rows.window - tops[0], tuple(windows))
+    touched = [start for start in axis.starts if start <= last and start + axis.window > first]
+    return Span(tuple(touched), axis.window)
 
 
-def _seen(starts: Sequence[int], i: int, axis: Axis) -> int:
-    return starts[i - 1] + axis.window - starts[i] if i else 0
+def canvas_size(protocol: Protocol, batch_size: int, samples: int) -> Size:
+    """Rows and columns of a canvas of at most so many samples.
 
-
-def canvas_width(protocol: Protocol) -> int:
-    """Columns of a canvas that every view of every image fits into."""
-    return max(view.columns.padded for view in views((1, 10**6), protocol))
-
-
-def canvas_height(protocol: Protocol, batch_size: int) -> int:
-    """Rows of a canvas on which every pass of `batch_size` windows can be filled."""
-    num_views = len(views((1, 1), protocol))
-    tallest = sum(view.rows.padded for view in views((10**6, 1), protocol))
+    As wide as the widest image where that leaves rows enough, and no taller than what fills every pass of
+    `batch_size` windows.
+    """
+    axes = [view.rows for view in views((10**6, 1), protocol)]
+    across = [view.columns for view in views((1, 10**6), protocol)]
+    width = max(axis.padded for axis in across)
+    # A sample of the result lies in two windows, at the end in three; windows overlap by a third.
+    if samples // width < sum(min(axis.padded, axis.window * 7 // 4) for axis in axes):
+        squares = math.isqrt(samples // len(axes))
+        width = min(width, max(squares, 2 * max(axis.window for axis in across)))
     # Fewer windows than a pass wait, of at most so many images; beside them one is coming, one is
     # being finished, and at the end of the canvas there may be too little room for another.
-    num_waiting = -((batch_size - 1) // -num_views)
-    return tallest * (num_waiting + 3)
+    num_images = 3 - ((batch_size - 1) // -len(axes))
+    tallest = sum(axis.padded for axis in axes)
+    return min(samples // width, tallest * num_images), width

@@ -95,6 +95,10 @@ def test_one_number_stands_for_both_sides_and_one_scale_for_all():
         ({"base_size": 300}, "semseg-base300"),
         ({"crop_size": (353, 473)}, "semseg-crop353x473"),
         ({"stride": (100, 200)}, "semseg-stride100x200"),
+        ({"crop_size": (601, 601)}, "semseg-crop601x601"),
+        ({"crop_size": (601, 601), "stride": (316, 316)}, "semseg-crop601x601-stride316x316"),
+        ({"scales": (0.33333,)}, "semseg-scales0.33333"),
+        ({"absent_class": "skip"}, "semseg-absentskip"),
     ],
 )
 def test_label_says_what_is_unusual(options, label):
@@ -113,14 +117,15 @@ def test_labels_of_the_other_protocols():
 def test_descriptions_hold_every_option():
     assert choose("semseg", ADE20K).describe() == (
         "semseg (scales 1; with mirror images; long side 512; windows 473x473; stride 316x316; "
-        "absent classes count as 0)"
+        "padded on all sides; probabilities averaged; absent classes count as 0)"
     )
     assert choose("csail", ADE20K).describe() == (
         "csail (scales 0.6667, 0.8333, 1, 1.167, 1.333; no mirror images; short side 450; "
-        "long side at most 1000; absent classes count as 0)"
+        "long side at most 1000; probabilities of scales and mirror images averaged; absent classes count as 0)"
     )
     assert choose("whole", ADE20K).describe() == (
-        "whole (with mirror images; absent classes left out)"
+        "whole (with mirror images; probabilities of scales and mirror images averaged; "
+        "absent classes left out)"
     )
 
 
@@ -138,6 +143,7 @@ def test_descriptions_hold_every_option():
         ("semseg", {"crop_size": (9, 9, 9)}, "must be .height, width."),
         ("semseg", {"stride": (0, 9)}, "must be .height, width."),
         ("semseg", {"base_size": 0}, "at least 1 pixel"),
+        ("whole", {"absent_class": "one"}, "absent_class='one' must be skip or zero"),
         ("semseg", {"stride": (474, 9)}, "would leave pixels out"),
     ],
 )

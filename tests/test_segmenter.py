@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -142,6 +145,7 @@ def head_of(segmenter):
         _head_scores(
             *segmenter._state,
             np.float32(images * plain_protocols.STD + plain_protocols.MEAN),
+            np.array(images.shape[1:3], np.int32),
             description=segmenter.description,
         ),
         np.float64,
@@ -282,3 +286,39 @@ def test_load_names_the_steps_there_are(saved, tmp_path):
 
 def test_description_round_trip():
     assert Description.from_json(DESCRIPTION.to_json()) == DESCRIPTION
+
+
+_LARGE = """
+import resource
+import numpy as np
+from pspnet_jax.catalog import load_label_set
+from pspnet_jax.config import default_config
+from pspnet_jax.models.pspnet import IMAGENET_8BIT, ModelOptions, PSPNet
+from pspnet_jax.protocols import choose
+from pspnet_jax.segmenter import Description, Provenance, Segmenter
+from pspnet_jax.train_step import split_model
+
+ade20k = load_label_set("ade20k")
+options = ModelOptions.resolve(default_config().model.to_dict())
+_, params, batch_stats = split_model(PSPNet(options, 150, rng=np.random.default_rng(0)))
+description = Description(options, ade20k, IMAGENET_8BIT, choose("semseg", ade20k))
+segmenter = Segmenter(description, params, batch_stats, provenance=Provenance("", 0, ""))
+image = np.random.default_rng(0).integers(0, 256, (4000, 6000, 3), np.uint8)
+protocol = segmenter.choose_protocol(scales=(0.5, 1.0, 1.75))
+(found,) = segmenter.predict([image], protocol=protocol, confidence=True)
+assert found.class_map.shape == found.confidence.shape == (4000, 6000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_an_image_of_24_megapixels_and_150_classes_takes_less_than_8_gb():
+    """PSPNet-50 in a process of its own: all it ever held, the network and JAX included."""
+    environment = os.environ | {"XLA_FLAGS": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", _LARGE], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    peak_kib = int(done.stdout)
+    print(f"peak {peak_kib / 2**20:.2f} GiB")
+    assert peak_kib * 1024 < 8e9

@@ -63,15 +63,10 @@ def make_tile(canvas, rows, columns, of_logits, wanted):
     return jax.tree.map(lambda *each: jnp.stack(each), *tiles)
 
 
-def slider(protocol, *, batch_size=1, lanes=1, canvas_rows=None, wanted=None):
+def slider(protocol, *, batch_size=1, lanes=1, canvas=None, wanted=None):
     """A slider whose canvas holds nonsense at first."""
     rules = protocol.rules
-    shape = (
-        lanes,
-        canvas_rows or windows.canvas_height(protocol, batch_size),
-        windows.canvas_width(protocol),
-        4,
-    )
+    shape = (lanes, *(canvas or windows.canvas_size(protocol, batch_size, 10**8)), 4)
     return stream.Slider(
         protocol,
         rule="half_pixel" if rules.resizes_result == "network" else rules.resizes_result,
@@ -199,15 +194,34 @@ def test_lanes_have_equal_shares():
     assert shares.tolist() == [shares[0]] * 3
 
 
-@pytest.mark.parametrize("canvas_rows", [110, 120, 230])
-@pytest.mark.parametrize("lanes", [1, 2])
-def test_a_small_canvas_changes_nothing(canvas_rows, lanes):
-    chosen = protocol(base_size=150, scales=(0.5, 1.0))
-    found = probabilities(SEVERAL[:4], chosen, canvas_rows=canvas_rows, lanes=lanes, batch_size=3)
-    for image, each in zip(SEVERAL, found, strict=False):
-        parts = windows.plan(image.shape[:2], chosen, "half_pixel", canvas_rows=canvas_rows)
-        assert len(parts) > 1 or canvas_rows == 230
-        np.testing.assert_allclose(each, plainly(image, chosen), atol=2e-6)
+@pytest.mark.parametrize("canvas", [(130, 150), (230, 100), (130, 82)])
+@pytest.mark.parametrize("name", ["semseg", "mmseg-slide"])
+def test_a_small_canvas_changes_nothing(canvas, name):
+    if name == "semseg":
+        chosen = protocol(base_size=150, scales=(0.5, 1.0))
+    else:
+        chosen = protocol(name, base_size=90, max_size=150, flip=True)
+    images = [SEVERAL[0], SEVERAL[3], SEVERAL[6]]
+    found = probabilities(images, chosen, canvas=canvas, lanes=2, batch_size=3)
+    plan = functools.partial(windows.plan, protocol=chosen, rule="half_pixel", canvas=canvas)
+    assert max(len(plan(image.shape[:2])) for image in images) > 1
+    for image, each in zip(images, found, strict=True):
+        np.testing.assert_allclose(each, plainly(image, chosen), atol=1e-5)
+
+
+def test_the_canvas_is_filled_around_and_around():
+    """Images find room before the oldest ones as well as behind the newest."""
+    chosen = protocol(scales=(0.5, 1.5))
+    sizes = np.random.default_rng(5).integers(20, 120, (24, 2)).tolist()
+    images = [example(*size, seed=i).image for i, size in enumerate(sizes)]
+    made = slider(chosen, batch_size=3, lanes=2, canvas=(300, 96))
+    rows = []
+    through = made.add
+    made.add = lambda *given: rows.append(given[2][:, 0].max()) or through(*given)
+    for image, found in zip(images, made.run(images), strict=True):
+        (alone,) = probabilities([image], chosen)
+        np.testing.assert_allclose(found.probabilities, alone, atol=1e-6)
+    assert (np.diff(rows) < 0).sum() > 3
 
 
 def test_images_are_read_as_they_are_needed():
@@ -225,12 +239,16 @@ def test_images_are_read_as_they_are_needed():
 
 
 def test_mixed_sizes_share_compilations():
-    made = slider(protocol(scales=SIX), batch_size=2)
-    list(made.run(SEVERAL[:1]))
-    before = add._cache_size(), make_tile._cache_size()
+    """Under `semseg` all of them; MATLAB's rule has more taps the more an image was enlarged."""
     sizes = np.random.default_rng(0).integers(5, 200, (12, 2)).tolist()
-    list(made.run(example(*size).image for size in sizes))
-    assert (add._cache_size(), make_tile._cache_size()) == before
+    for name, num_new in (("semseg", (0, 0)), ("caffe", (0, 4))):
+        made = slider(protocol(name, scales=(0.5, 1.75)), batch_size=2)
+        list(made.run(SEVERAL[:1]))
+        before = add._cache_size(), make_tile._cache_size()
+        list(made.run(example(*size).image for size in sizes))
+        new = (add._cache_size() - before[0], make_tile._cache_size() - before[1])
+        assert new[0] == num_new[0]
+        assert new[1] <= num_new[1]
 
 
 def test_tiles_say_how_sure_they_are():

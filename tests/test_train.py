@@ -85,7 +85,7 @@ def test_a_run_leaves_its_files(finished):
     assert set(CheckpointFolder(finished / "checkpoints").steps()) >= {4, 6}
     text = (finished / "log.txt").read_text()
     assert "step 6/6  loss" in text
-    assert "protocol whole; flip yes; absent classes left out of means" in text
+    assert "protocol whole (with mirror images; " in text
     for folder in folders:  # one line each; the command line prints the other paths at the end
         assert text.count(f"{folder}/report.html") == 1
         assert f"{folder}/report.md" not in text

@@ -69,39 +69,68 @@ def test_result_taps_divide_by_the_windows_over_a_sample():
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("canvas_rows", [60, 80, 130, 1000])
-def test_parts_fit_the_canvas_and_hold_what_their_rows_need(size, canvas_rows):
+@pytest.mark.parametrize("canvas", [(60, 200), (80, 70), (130, 90), (1000, 1000)])
+def test_parts_fit_the_canvas_and_hold_what_their_samples_need(size, canvas):
     protocol = small(base_size=200)
-    parts = windows.plan(size, protocol, "half_pixel", canvas_rows=canvas_rows)
-    assert [parts[0].start, parts[-1].end] == [0, size[0]]
-    assert [part.start for part in parts[1:]] == [part.end for part in parts[:-1]]
+    parts = windows.plan(size, protocol, "half_pixel", canvas=canvas)
+    covered = np.zeros(size, int)
     for part in parts:
-        assert part.height <= canvas_rows
+        covered[slice(*part.rows), slice(*part.columns)] += 1
+        assert part.height <= canvas[0]
         for view_part in part.views:
-            rows = view_part.view.rows
-            taps = windows.result_taps(rows, size[0], "half_pixel").rows(part.start, part.end)
-            needed = {
-                top
-                for top in rows.starts
-                for i in np.unique(taps.indices[taps.weights > 0])
-                if top <= i < top + rows.window
-            }
-            assert {window.top for window in view_part.windows} == needed
-            assert view_part.top == min(needed)
+            view = view_part.view
+            assert view_part.columns.length <= canvas[1]
+            for axis, span, side, ends in (
+                (view.rows, view_part.rows, size[0], part.rows),
+                (view.columns, view_part.columns, size[1], part.columns),
+            ):
+                taps = windows.result_taps(axis, side, "half_pixel").rows(*ends)
+                used = np.unique(taps.indices[taps.weights > 0])
+                touching = [
+                    s for s in axis.starts if ((used >= s) & (used < s + axis.window)).any()
+                ]
+                assert list(span.starts) == touching
+            assert len(view_part.windows) == len(view_part.rows.starts) * len(
+                view_part.columns.starts
+            )
+    assert (covered == 1).all()
 
 
 def test_a_whole_image_is_one_part_where_there_is_room():
     protocol = small(scales=(0.5, 1.0), base_size=200)
-    (part,) = windows.plan((70, 90), protocol, "half_pixel", canvas_rows=1000)
+    (part,) = windows.plan((70, 90), protocol, "half_pixel", canvas=(1000, 200))
     assert part.height == sum(v.rows.padded for v in windows.views((70, 90), protocol))
-    assert windows.canvas_width(protocol) == 200
-    assert windows.canvas_height(protocol, 1) == 3 * 300
-    assert windows.canvas_height(protocol, 6) == 6 * 300
+
+
+def test_a_mirrored_view_is_cut_where_its_mirror_image_is():
+    protocol = small("mmseg-slide", flip=True, max_size=300, base_size=90)
+    upright, mirrored = windows.plan((50, 100), protocol, "half_pixel", canvas=(999, 90))[0].views
+    assert upright.columns.starts[0] == 0
+    assert mirrored.columns.starts[0] > 0
+
+
+def test_size_of_the_canvas():
+    protocol = small(scales=(0.5, 1.0), base_size=200)
+    assert windows.canvas_size(protocol, 1, 10**9) == (3 * 300, 200)
+    assert windows.canvas_size(protocol, 6, 10**9) == (6 * 300, 200)
+    assert windows.canvas_size(protocol, 1, 200 * 120) == (120, 200)
+    # Too little for windows over the whole width: narrower.
+    assert windows.canvas_size(protocol, 1, 82 * 120) == (120, 82)
+
+
+@pytest.mark.parametrize("scales", [(1.0,), (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)])
+@pytest.mark.parametrize("base_size", [512, 2048, 6000])
+def test_the_canvas_need_not_grow_with_the_image(scales, base_size):
+    """4000 x 6000 pixels, 150 classes, 4 GiB."""
+    protocol = override(choose("semseg", ADE20K), base_size=base_size, scales=scales)
+    canvas = windows.canvas_size(protocol, 1, 4 * 2**30 // (4 * 150))
+    parts = windows.plan((400, 600), protocol, "half_pixel", canvas=canvas)
+    assert len(parts) == 1 or base_size > 512
 
 
 def test_a_canvas_that_is_too_small_is_refused():
-    with pytest.raises(ValueError, match="needs 43 rows of scores, canvas_gib has room for 42"):
-        windows.plan((20, 30), small(), "half_pixel", canvas_rows=42)
+    with pytest.raises(ValueError, match=r"canvas_gib is too small .* 1\.02 times as much"):
+        windows.plan((20, 30), small(), "half_pixel", canvas=(42, 999))
 
 
 def test_views_of_images():

@@ -31,7 +31,6 @@ Labels = UInt8[AnyArray, "batch height width"]
 Features = Float[jax.Array, "batch _height _width _channels"]
 """Feature maps; names with an underscore may change within one function."""
 Logits = Float[jax.Array, "batch height width classes"]
-Probabilities = Float32[jax.Array, "batch height width classes"]
 PresenceLogits = Float[jax.Array, "batch classes"]
 Scalar = Shaped[jax.Array, ""]
 

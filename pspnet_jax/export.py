@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 
 from pspnet_jax.checkpoint import flatten
+from pspnet_jax.metric_writer import write_whole
 from pspnet_jax.models.pspnet import FAMILIES
 from pspnet_jax.segmenter import (
     Description,
@@ -114,7 +115,7 @@ def _write_stablehlo(
     contents = {_description_path(target): description.encode(), target: exported.serialize()}
     # The function last: where it lies, its description does.
     for path, content in contents.items():
-        _write_whole(path, content)
+        write_whole(path, content)
     log.info(
         "logits of images of any size, with the weights of step %d, for %s -> %s (%.0f MB), described in %s",
         stored.step,
@@ -123,16 +124,6 @@ def _write_stablehlo(
         target.stat().st_size / 1e6,
         _description_path(target),
     )
-
-
-def _write_whole(path: Path, content: bytes | bytearray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    try:
-        unfinished.write_bytes(content)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def exported_function(stored: StoredModel, *, platforms: tuple[str, ...]) -> jax.export.Exported:

@@ -25,10 +25,9 @@ from tensorboardX import SummaryWriter
 _SECONDS_BETWEEN_LINES = 15.0
 _SECONDS_BETWEEN_BARS = 0.1
 _BAR_COLUMNS = 30  # at most
-_RATE_MARKS, _SECONDS_BETWEEN_MARKS = (
-    60,
-    1.0,
-)  # the rate is that of the last minute, or of 60 updates
+# The rate is that of the last minute, or of 60 updates.
+_RATE_MARKS = 60
+_SECONDS_BETWEEN_MARKS = 1.0
 _ERASE = "\r\x1b[K"  # the terminal's current line
 
 log = logging.getLogger("pspnet_jax")
@@ -241,11 +240,16 @@ def progress_line(
     )
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file so that a kill leaves the old one or the new one, never half of it."""
+def write_whole(path: Path, content: str | bytes | bytearray) -> None:
+    """Write a file, in a folder that may be new, so that a kill leaves the old one or the new one, never
+    half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class _Console(logging.StreamHandler):

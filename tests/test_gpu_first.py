@@ -10,6 +10,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
+pytestmark = pytest.mark.slow
 BUDGET_SECONDS = 180
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"

@@ -118,6 +118,7 @@ def test_a_resolved_config_composes_the_same_run(data, tmp_path, protocol):
     assert run.description.protocol.flip is False
 
 
+@pytest.mark.slow
 def test_the_variant_trains_and_says_how_well_it_tells_presence(data, tmp_path, monkeypatch):
     monkeypatch.setattr(train_module.Run, "evaluate", lambda *_: 0.0)  # takes long to compile
     config = tiny(
@@ -176,6 +177,7 @@ def test_interrupted_equals_uninterrupted_bit_for_bit(finished, data, tmp_path, 
     assert f"resuming from step {restored}" in (tmp_path / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_workers_do_not_change_the_run(finished, data, tmp_path):
     train(tiny(data, data__num_workers=1), tmp_path)
     assert digests(tmp_path, 6) == digests(finished, 6)

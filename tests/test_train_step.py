@@ -71,6 +71,7 @@ def relative_difference(first, second):
     return np.max([np.abs(a - b).max() / max(np.abs(b).max(), 1e-30) for a, b in pairs])
 
 
+@pytest.mark.slow
 def test_one_device_equals_eight_in_float64():
     with jax.enable_x64(True):
         one, eight = (run_on(jax.devices()[:n], np.float64) for n in (1, 8))
@@ -103,6 +104,7 @@ def test_parts_of_a_batch_are_the_batch_where_nothing_depends_on_the_others():
             assert relative_difference(parts, whole) < 1e-9
 
 
+@pytest.mark.slow
 def test_each_part_moves_the_running_statistics():
     """Twice in one step, and other values than the whole batch gives."""
     state, step = make_state_and_step(accumulate_steps=2)

@@ -86,7 +86,7 @@ class Family:
     source: str
     normalization: Normalization
     protocol: str
-    """Under which its published figures were found (a key of `windows.PROTOCOLS`)."""
+    """Under which its published figures were found (a key of `protocols.PROTOCOLS`)."""
     size_multiple: int
     size_remainder: int
     aux_weight: float

@@ -255,7 +255,7 @@ def _cuts(
     if needed(found) > limit and needed(pieces(side)) > limit:
         raise ValueError(
             f"canvas_gib is too small for the windows of {len(axes)} views: it must be "
-            f"{needed(pieces(side)) / limit:.2f} times as much"
+            f"at least {needed(pieces(side)) / max(limit, 1):.2f} times as much"
         )
     while needed(found) > limit:
         count = min(side, count + max(1, count // 4))

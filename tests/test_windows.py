@@ -129,7 +129,9 @@ def test_the_canvas_need_not_grow_with_the_image(scales, base_size):
 
 
 def test_a_canvas_that_is_too_small_is_refused():
-    with pytest.raises(ValueError, match=r"canvas_gib is too small .* 1\.02 times as much"):
+    with pytest.raises(
+        ValueError, match=r"canvas_gib is too small .* at least 1\.02 times as much"
+    ):
         windows.plan((20, 30), small(), "half_pixel", canvas=(42, 999))
 
 
@@ -155,3 +157,10 @@ def test_caffe_pads_8_bit_images_with_a_rounded_mean_unless_one_window_holds_the
         view = windows.views((20, 60), protocol)[0]
         made = windows.view_image(image, view, protocol, mean)
         np.testing.assert_allclose(made[-1, -1], expected, rtol=1e-6)
+
+
+def test_no_canvas_at_all_is_refused_likewise():
+    protocol = choose("semseg", ADE20K)
+    canvas = windows.canvas_size(protocol, 1, 100)
+    with pytest.raises(ValueError, match="canvas_gib is too small"):
+        windows.plan((20, 30), protocol, "half_pixel", canvas=canvas)

@@ -9,7 +9,7 @@ from pspnet_jax.protocols import PROTOCOLS, choose, override
 
 from pictures import example
 
-BUDGET_SECONDS = 20
+BUDGET_SECONDS = 40
 
 ADE20K = load_label_set("ade20k")
 SIZES = [(50, 80), (80, 50), (33, 41), (20, 25), (150, 90), (1, 90), (97, 97)]

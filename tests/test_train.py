@@ -329,6 +329,7 @@ def test_milestones_that_meet_become_one(data):
     validate(config)
 
 
+@pytest.mark.slow
 def test_going_on_with_other_weight_decay_and_an_older_config(finished, data, tmp_path):
     """The optimizer's state does not depend on it; options that did not exist are not reported."""
     workdir = tmp_path / "run"

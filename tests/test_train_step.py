@@ -94,6 +94,7 @@ ACCUMULATED = {
 }
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_are_the_batch_where_nothing_depends_on_the_others():
     """Without batch statistics and dropout: loss, gradients and parameters, on one device and four."""
     with jax.enable_x64(True):

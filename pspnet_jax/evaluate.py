@@ -202,6 +202,7 @@ def run(
 
     Raises:
         ValueError: where there is no data section, or its label set is not the checkpoint's.
+        FileExistsError: where the folder holds the report of another evaluation.
     """
     segmenter = load(checkpoint, step=step)
     config, label_set = _find_data(checkpoint, config, segmenter.label_set)
@@ -213,6 +214,12 @@ def run(
     if protocol is None and config.evaluate.protocol != chosen.name:
         named = config.evaluate.protocol
         log.info("by the checkpoint's protocol; the config's is used with --protocol=%s", named)
+    number = segmenter.provenance.step
+    usual = output_folder(
+        Path(checkpoint), step=number, split=split, protocol=chosen, label_set=segmenter.label_set
+    )
+    folder, origin = Path(output) if output else usual, data_origin(config.data)
+    _check_folder(folder, segmenter, chosen, {"split": split, **origin})
     evaluation = evaluate(
         segmenter,
         source,
@@ -220,20 +227,44 @@ def run(
         batch_size=config.evaluate.batch_size,
         canvas_gib=config.evaluate.canvas_gib,
     )
-    usual = output_folder(
-        Path(checkpoint),
-        step=segmenter.provenance.step,
-        split=split,
-        protocol=chosen,
-        label_set=segmenter.label_set,
+    contents = write_report(
+        folder, evaluation, segmenter.provenance, source, split=split, origin=origin
     )
-    folder = Path(output) if output else usual
-    contents = write_report(folder, evaluation, segmenter.provenance, source, split=split)
     if jax.process_index() == 0:
-        log.info("%s", summary(evaluation))
-        for name in ("report.html", "report.md", "panels/overview.png"):
-            log.info("%s", folder / name)
+        files = [str(folder / name) for name in ("report.html", "report.md", "panels/overview.png")]
+        log.info("%s", "\n".join([summary(evaluation), *files]))
     return contents
+
+
+def data_origin(data: ConfigDict) -> dict[str, str]:
+    """Where the data of a config come from, as reports say it."""
+    options = {name: data[name] for name in ("source", "layout", "root")}
+    if data.source == "scenes":
+        options = {"source": data.source}
+    return {name: str(value) for name, value in options.items() if value is not None}
+
+
+def _check_folder(
+    folder: Path, segmenter: Segmenter, protocol: Protocol, data: Mapping[str, str]
+) -> None:
+    """Raise FileExistsError where a folder holds the report of another evaluation."""
+    path = folder / "report.json"
+    if not path.is_file():
+        return
+    there = json.loads(path.read_text())
+    here = {
+        "checkpoint": {"digest": segmenter.provenance.digest},
+        "protocol": json.loads(json.dumps(protocol.to_json())),
+        "data": {"labels": segmenter.label_set.name, **data},
+    }
+    for part, values in here.items():
+        for name, value in values.items():
+            old = there[part].get(name, value)  # older reports say less
+            if old != value:
+                raise FileExistsError(
+                    f"{path} is the report of another evaluation: its {part}'s {name} is {old}, here it "
+                    f"is {value}; choose another --output"
+                )
 
 
 def _find_data(

@@ -11,8 +11,8 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from pspnet_jax.data.layouts import IMAGE_SUFFIXES
-
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
+"""Of the images that are taken from folders; files and patterns may have any other."""
 _SUFFIXES = ", ".join(IMAGE_SUFFIXES)
 
 

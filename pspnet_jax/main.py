@@ -51,6 +51,7 @@ def _define_evaluate(values: flags.FlagValues, argv: list[str]) -> None:
         "split", None, "Split of the data (default: the config's).", flag_values=values
     )
     _define_protocol(values)
+    flags.DEFINE_string("absent_class", None, "In means: skip or zero.", flag_values=values)
     _define_passes(values)
     _define_output(values, "Folder of the report (default: in the run).")
 
@@ -361,7 +362,9 @@ def _define_config(values: flags.FlagValues, argv: list[str]) -> None:
 
 def _define_checkpoint(values: flags.FlagValues) -> None:
     flags.DEFINE_string("checkpoint", None, "Folder of a run.", flag_values=values)
-    flags.DEFINE_string("step", "best", "best, latest, or a step number.", flag_values=values)
+    flags.DEFINE_string(
+        "step", "best", "best (default), latest, or a step number.", flag_values=values
+    )
 
 
 def _define_output(values: flags.FlagValues, meaning: str) -> None:
@@ -390,7 +393,6 @@ def _define_protocol(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "max_size", None, "Limit of the long side, pixels (mmseg, csail).", flag_values=values
     )
-    flags.DEFINE_string("absent_class", None, "In means: skip or zero.", flag_values=values)
     flags.DEFINE_list("crop_size", None, "Of windows: 473 or 473,713 pixels.", flag_values=values)
     flags.DEFINE_list(
         "stride", None, "Between windows, pixels (default: crop_size * 2/3).", flag_values=values
@@ -401,13 +403,13 @@ def _define_passes(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "batch_size",
         None,
-        "Windows, or images of equal size, in one pass (default: 1, of a config evaluate.batch_size).",
+        "Windows, or images of equal size, in one pass (default: the config's, else 1).",
         flag_values=values,
     )
     flags.DEFINE_float(
         "canvas_gib",
         None,
-        "Memory for scores of unfinished images, GiB (default: 2, of a config evaluate.canvas_gib).",
+        "Memory for scores of unfinished images, GiB (default: the config's, else 2).",
         flag_values=values,
     )
 
@@ -424,7 +426,7 @@ def _protocol_options(values: flags.FlagValues) -> dict[str, Any]:
         "scales": _numbers(values, "scales", float),
         "flip": _value(values, "flip"),
         "base_size": _value(values, "base_size"),
-        "absent_class": _value(values, "absent_class"),
+        "absent_class": _value(values, "absent_class") if "absent_class" in values else None,
         "max_size": _value(values, "max_size"),
         "crop_size": _pair(values, "crop_size"),
         "stride": _pair(values, "stride"),
@@ -452,7 +454,7 @@ def _pair(values: flags.FlagValues, name: str) -> tuple[int, int] | None:
 
 def _required(values: flags.FlagValues, name: str) -> Any:
     value = _value(values, name)
-    if value is None:
+    if value is None or value == "":
         raise flags.ValidationError(f"--{name}=... is missing")
     return value
 

@@ -112,13 +112,13 @@ def run(
     todo = _to_do(targets, overwrite=overwrite, resume=resume)
     if len(todo) < len(files):
         log.info("%d of %d images have their results already", len(files) - len(todo), len(files))
-    if not todo:
-        return []
     segmenter = load(checkpoint, step=step)
     chosen = segmenter.choose_protocol(protocol, **(protocol_options or {}))
     log.info("%d images by %s", len(todo), chosen.describe())
     raw_ids = benchmark.raw_ids(segmenter.label_set) if benchmark else None
     _write_about(Path(output), segmenter, chosen, outputs, overwrite=overwrite)
+    if not todo:
+        return []
     work = _Pass(chosen, batch_size, canvas_gib, tuple(outputs), raw_ids)
     unreadable = _predict(segmenter, {file: targets[file] for file in todo}, work)
     log.info("%d images predicted into %s", len(todo) - len(unreadable), output)
@@ -199,7 +199,7 @@ def _write_about(
     about = {
         "checkpoint": {"step": provenance.step, "digest": provenance.digest},
         "labels": label_set.name,
-        "protocol": protocol.to_json(),
+        "protocol": {k: v for k, v in protocol.to_json().items() if k != "absent_class"},
     }
     texts = {output / "prediction.json": json.dumps(about, indent=2) + "\n"}
     if "legend" in outputs:

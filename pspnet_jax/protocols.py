@@ -141,9 +141,11 @@ class Protocol:
             said.append("windows {}x{}".format(*self.crop_size))
             said.append("stride {}x{}".format(*self.stride))
             said.append(_PADS[self.rules.pads])
-        said.append(_AVERAGES[self.rules.averages])
-        if self.name == "caffe":
-            said.append("resized as by MATLAB, up to 1 of 255")
+        said += _RESIZES.get(self.name, [])
+        if self.rules.averages != "logits":
+            said.append(_AVERAGES[self.rules.averages])
+        elif self.flip or len(self.scales) > 1:
+            said.append("their probabilities averaged")
         said.append(f"absent classes {'count as 0' if self.absent_class == 'zero' else 'left out'}")
         return f"{self.name} ({'; '.join(said if self.resizes else said[1:])})"
 
@@ -191,7 +193,10 @@ _PADS = {
 _AVERAGES = {
     "probabilities": "probabilities averaged",
     "summed_logits": "logits of mirror images added, probabilities averaged",
-    "logits": "probabilities of scales and mirror images averaged",
+}
+_RESIZES = {
+    "caffe": ["resized as by MATLAB (8-bit values up to 1 off)"],
+    "csail": ["multiples of 8", "resized as by Pillow"],
 }
 
 RULES = {
@@ -275,7 +280,7 @@ def override(protocol: Protocol, **options: Any) -> Protocol:
         }
         listed = "; ".join(f"{option} ({', '.join(names)})" for option, names in having.items())
         raise ValueError(
-            f"protocol '{protocol.name}' has no {', '.join(foreign)}; protocols that have: {listed}"
+            f"protocol '{protocol.name}' has no {', '.join(foreign)}; others have: {listed}"
         )
     for name in {"crop_size", "stride"} & set(options):
         if isinstance(options[name], int):

@@ -10,7 +10,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import cv2
@@ -97,11 +97,13 @@ def report(
     *,
     split: str,
     names: Sequence[str] | None = None,
+    origin: Mapping[str, str] | None = None,
 ) -> dict:
     """Everything about an evaluation as plain data; None marks a class that did not occur.
 
     Args:
         names: of the images, where the source knows them.
+        origin: where the data come from.
     """
     found = evaluation.scores
     label_set = evaluation.label_set
@@ -116,7 +118,8 @@ def report(
         "classes": _classes(found, label_set),
         "groups": {name: _or_none(iou) for name, iou in evaluation.groups.items()},
         "protocol": evaluation.protocol.to_json(),
-        "data": {"labels": label_set.name, "split": split, "num_images": evaluation.num_images},
+        "data": {"labels": label_set.name, "split": split, "num_images": evaluation.num_images}
+        | dict(origin or {}),
         "checkpoint": dataclasses.asdict(provenance),
         "software": {"pspnet_jax": __version__, "jax": jax.__version__},
         "device": f"{jax.device_count()} x {device.device_kind}",
@@ -150,14 +153,23 @@ def _classes(found: Scores, label_set: LabelSet) -> list[dict]:
 
 
 def write_report(
-    folder: Path, evaluation: Evaluation, provenance: Provenance, source: Source, *, split: str
+    folder: Path,
+    evaluation: Evaluation,
+    provenance: Provenance,
+    source: Source,
+    *,
+    split: str,
+    origin: Mapping[str, str] | None = None,
 ) -> dict:
     """Write report.json, report.md, report.html and panels/ into `folder`; returns the report.
 
     Only the first process writes.
+
+    Args:
+        origin: where the data come from, for the report.
     """
     names: Sequence[str] | None = getattr(source, "names", None)
-    contents = report(evaluation, provenance, split=split, names=names)
+    contents = report(evaluation, provenance, split=split, names=names, origin=origin)
     if jax.process_index() != 0:
         return contents
     label_set = evaluation.label_set
@@ -265,7 +277,9 @@ def write_picture(path: Path, picture: np.ndarray) -> None:
 def summary(evaluation: Evaluation) -> str:
     """One line: the scores, the groups, the protocol."""
     found = evaluation.scores
-    groups = "".join(f", {name} {iou:.4f}" for name, iou in evaluation.groups.items())
+    groups = "".join(
+        f", {name} {iou:.4f}" for name, iou in evaluation.groups.items() if math.isfinite(iou)
+    )
     protocol = evaluation.protocol.describe()
     return (
         f"mean IoU {found.mean_iou:.4f}, pixel accuracy {found.pixel_accuracy:.4f}{groups} "

@@ -92,7 +92,7 @@ def _headline(contents: Mapping[str, Any]) -> str:
             f'<tr><th scope="row">{escape(name)}</th>{_bar(iou)}<td>{percent(iou)}</td></tr>'
             for name, iou in contents["groups"].items()
         )
-        head = '<tr><th scope="col">Group of classes</th><th colspan="2" scope="colgroup">Mean IoU, %</th></tr>'
+        head = '<tr><th scope="col">Group of classes (absent ones left out)</th><th colspan="2" scope="colgroup">Mean IoU, %</th></tr>'
         text += f'<div class="wide"><table class="bars few"><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
     return text + "</section>"
 
@@ -281,7 +281,10 @@ def _facts(contents: Mapping[str, Any]) -> str:
     software = ", ".join(f"{name} {version}" for name, version in contents["software"].items())
     rows = {
         "Protocol": protocol_words(contents["protocol"]),
-        "Data": f"label set {data['labels']}, split {data['split']}, {data['num_images']:,} images",
+        "Data": f"label set {data['labels']}, split {data['split']}, {data['num_images']:,} images"
+        + "".join(
+            f", {name} {data[name]}" for name in ("source", "layout", "root") if name in data
+        ),
         "Checkpoint": f"{checkpoint['path']}, step {checkpoint['step']:,}",
         "Digest": checkpoint["digest"],
         "Software": software,

@@ -44,7 +44,7 @@ def markdown(contents: Mapping[str, Any]) -> str:
     ]
     if contents["groups"]:
         rows = [[_cell(name), percent(iou)] for name, iou in contents["groups"].items()]
-        lines += [*_table(["group", "mean IoU"], rows), ""]
+        lines += [*_table(["group of classes, absent ones left out", "mean IoU"], rows), ""]
     absent = "counts as 0" if contents["protocol"]["absent_class"] == "zero" else "is left out"
     lines += [f"A class that nobody drew and nobody predicted (-) {absent} in the means.", ""]
     fractions = ("iou", "accuracy", "precision", "dice")

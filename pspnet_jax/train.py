@@ -181,7 +181,12 @@ class Run:
         )
         folder = self.evaluation_folder(step)
         write_report(
-            folder, result, segmenter.provenance, self.validation, split=self.config.evaluate.split
+            folder,
+            result,
+            segmenter.provenance,
+            self.validation,
+            split=self.config.evaluate.split,
+            origin=evaluate.data_origin(self.config.data),
         )
         message = f"{summary(result)}\n{folder / 'report.html'}"
         progress.log_evaluation(step, result.scalars, message, seconds=result.seconds)

@@ -254,7 +254,7 @@ def _cuts(
     count, found = 1, pieces(1)
     if needed(found) > limit and needed(pieces(side)) > limit:
         raise ValueError(
-            f"canvas_gib is too small for the windows of {len(axes)} views: it must be "
+            "canvas_gib is too small for the windows of one image at all its scales: it must be "
             f"at least {needed(pieces(side)) / max(limit, 1):.2f} times as much"
         )
     while needed(found) > limit:

@@ -87,7 +87,11 @@ def test_links_to_folders_are_followed_but_not_round_in_a_circle(root):
     [
         (["val", "none.jpg"], FileNotFoundError, "none.jpg: there is no such image or folder"),
         (["val/*.bmp"], FileNotFoundError, r"val/\*.bmp: no file matches this pattern"),
-        (["val/out/palette/empty"], ValueError, r"there are no images \(.jpg, .jpeg, .png\) in"),
+        (
+            ["val/out/palette/empty"],
+            ValueError,
+            r"there are no images \(.jpg, .jpeg, .png, .bmp, .*\) in",
+        ),
         ([], ValueError, "there are no images in the command: name image files"),
     ],
 )

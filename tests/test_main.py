@@ -1,6 +1,7 @@
 """The command line: every verb on tiny data, and what a bad command says."""
 
 import json
+import shutil
 from pathlib import Path
 
 import cv2
@@ -71,8 +72,31 @@ def test_evaluate_takes_options(run, data, tmp_path):
     assert (run / "evaluation/00000002-train-whole-noflip/report.json").is_file()
     assert main(["evaluate", *argv, f"--output={tmp_path}"]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["data"] == {"labels": "camvid", "split": "train", "num_images": 4}
+    where = {"source": "folder", "layout": "camvid", "root": str(data)}
+    assert report["data"] == {"labels": "camvid", "split": "train", "num_images": 4, **where}
     assert report["protocol"]["flip"] is False
+
+
+def test_a_report_is_not_replaced_by_that_of_another_evaluation(run, data, tmp_path, capsys):
+    argv = ["evaluate", f"--checkpoint={run}", "--noflip", f"--output={tmp_path / 'out'}"]
+    assert main(argv) == 0
+    assert main(argv) == 0  # the same again
+    before = (tmp_path / "out" / "report.json").read_text()
+    shutil.copytree(data, tmp_path / "elsewhere")
+    other = [f"--config={CONFIG}", f"--config.data.root={tmp_path / 'elsewhere'}"]
+    for changed, said in (
+        (["--flip"], "its protocol's flip is False, here it is True"),
+        (["--split=train"], "its data's split is val, here it is train"),
+        (other, f"its data's root is {data}, here it is {tmp_path / 'elsewhere'}"),
+    ):
+        assert main([*argv, *changed]) == 1
+        assert said in capsys.readouterr().err
+    assert (tmp_path / "out" / "report.json").read_text() == before
+
+
+def test_an_empty_output_is_missing(run, capsys):
+    assert main(["predict", f"--checkpoint={run}", "--output=", "x.jpg"]) == 2
+    assert "--output=... is missing" in capsys.readouterr().err
 
 
 def test_predict_writes_class_maps_palettes_and_overlays(run, data, tmp_path):

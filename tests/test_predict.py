@@ -213,6 +213,9 @@ def test_results_of_two_checkpoints_or_protocols_are_not_mixed(
 ):
     argv, output = ["x", [str(photographs / "a")]], str(tmp_path / "out")
     predict.run(*argv, output=output)
+    with pytest.raises(FileExistsError, match=r"prediction.json says"):  # nothing is left to do
+        predict.run(*argv, output=output, resume=True, protocol_options={"flip": False})
+    assert predict.run(*argv, output=output, resume=True) == []
     argv[1].append(str(photographs / "b/1.png").replace("1.png", "new.png"))
     os.rename(photographs / "b/1.png", argv[1][1])
     options = {"output": output, "resume": True}

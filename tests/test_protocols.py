@@ -121,11 +121,11 @@ def test_descriptions_hold_every_option():
     )
     assert choose("csail", ADE20K).describe() == (
         "csail (scales 0.6667, 0.8333, 1, 1.167, 1.333; no mirror images; short side 450; "
-        "long side at most 1000; probabilities of scales and mirror images averaged; absent classes count as 0)"
+        "long side at most 1000; multiples of 8; resized as by Pillow; their probabilities averaged; "
+        "absent classes count as 0)"
     )
     assert choose("whole", ADE20K).describe() == (
-        "whole (with mirror images; probabilities of scales and mirror images averaged; "
-        "absent classes left out)"
+        "whole (with mirror images; their probabilities averaged; absent classes left out)"
     )
 
 

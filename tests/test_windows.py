@@ -1,11 +1,14 @@
 """Where windows lie, and of which of their scores results are made."""
 
+import functools
+
 import numpy as np
 import pytest
 
 from pspnet_jax import windows
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.protocols import PROTOCOLS, choose, override
+from pspnet_jax.taps import RULES
 
 from pictures import example
 
@@ -164,3 +167,15 @@ def test_no_canvas_at_all_is_refused_likewise():
     canvas = windows.canvas_size(protocol, 1, 100)
     with pytest.raises(ValueError, match="canvas_gib is too small"):
         windows.plan((20, 30), protocol, "half_pixel", canvas=canvas)
+
+
+def test_scores_of_a_network_go_to_the_result_in_one_step_where_nothing_was_padded():
+    """csail's decoder resizes once; by way of the image's size the weights are others."""
+    to_result = functools.partial(windows.network_taps, 5, rule="half_pixel", mirrored=False)
+    direct = to_result(padded=40, size=40, side=50, one_step=True)
+    expected = RULES["half_pixel"](5, 50)
+    np.testing.assert_array_equal(direct.indices, expected.indices)
+    np.testing.assert_array_equal(direct.weights, expected.weights)
+    assert to_result(padded=40, size=40, side=50, one_step=False).indices.shape == (50, 4)
+    assert to_result(padded=41, size=40, side=50, one_step=True).indices.shape == (50, 4)
+    assert to_result(padded=41, size=40, side=40, one_step=False).indices.shape == (40, 2)

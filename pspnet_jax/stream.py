@@ -1,6 +1,6 @@
 """A stream of images of any sizes through a network, with every pass full.
 
-* `slide`: windows of all scales of several images share a pass; the images are on the canvas until their
+* `Slider`: windows of all scales of several images share a pass; the images are on the canvas until their
   last window is done. `whole`: consecutive images of equal size share one.
 * Every device has a lane of its own; an image stays in one lane. What a lane lacks in a pass is filled up
   and does not count.

@@ -252,10 +252,10 @@ def _cuts(
         return max(total(span.length for span in spans) for _, spans in found)
 
     count, found = 1, pieces(1)
-    if needed(found) > limit and needed(pieces(side)) > limit:
+    if needed(found) > limit and (least := needed(pieces(side))) > limit:
         raise ValueError(
             "canvas_gib is too small for the windows of one image at all its scales: it must be "
-            f"at least {needed(pieces(side)) / max(limit, 1):.2f} times as much"
+            f"at least {least / max(limit, 1):.2f} times as much"
         )
     while needed(found) > limit:
         count = min(side, count + max(1, count // 4))

@@ -22,6 +22,7 @@ LAYERS = [
         "config",
         "checkpoint",
         "metric_writer",
+        "programs",
         "weights/",
     ],
     ["data/", "models/", "losses", "optimizer", "metrics", "parallel", "visualize"],

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pspnet_jax.models.convolution import convolve
 from pspnet_jax.models.layers import (
     HE_FAN_OUT,
     TORCH_DEFAULT,
@@ -16,7 +17,6 @@ from pspnet_jax.models.layers import (
     NoRandomNumbers,
     PReLU,
     average_pool,
-    convolve,
     max_pool,
 )
 

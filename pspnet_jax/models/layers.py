@@ -18,8 +18,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from pspnet_jax.arrays import Features
+from pspnet_jax.models.convolution import Platform, convolve
 
-Kernel = Float[jax.Array, "kernel_height kernel_width in_channels out_channels"]
 Vectors = Float[jax.Array, "batch _channels"]
 """One vector per image."""
 RandomNumbers = np.random.Generator
@@ -68,19 +68,6 @@ TORCH_DEFAULT = Initializer(
 """Uniform within 1 / sqrt(fan_in), kernel and bias: what PyTorch gives a layer unasked."""
 
 
-def convolve(x: Features, kernel: Kernel, *, stride: int = 1, dilation: int = 1) -> Features:
-    """Cross-correlation of [batch, h, w, in] with [kh, kw, in, out], padded to keep the size at stride 1."""
-    padding = [(dilation * (size - 1) // 2,) * 2 for size in kernel.shape[:2]]
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        window_strides=(stride, stride),
-        padding=padding,
-        rhs_dilation=(dilation, dilation),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-
-
 class Conv(nnx.Module):
     """A convolution with a square kernel."""
 
@@ -95,6 +82,7 @@ class Conv(nnx.Module):
         use_bias: bool = False,
         initializer: Initializer,
         dtype: DTypeLike,
+        platform: Platform = None,
         rng: RandomNumbers,
     ):
         shape = (kernel_size, kernel_size, in_channels, out_channels)
@@ -102,10 +90,12 @@ class Conv(nnx.Module):
         self.kernel = nnx.Param(jnp.asarray(kernel))
         self.bias = nnx.Param(jnp.asarray(bias)) if use_bias else None
         self.stride, self.dilation, self.dtype = stride, dilation, dtype
+        self.platform = platform
 
     def __call__(self, x: Features) -> Features:
         kernel = self.kernel[...].astype(self.dtype)
-        y = convolve(x.astype(self.dtype), kernel, stride=self.stride, dilation=self.dilation)
+        rates = {"stride": self.stride, "dilation": self.dilation}
+        y = convolve(x.astype(self.dtype), kernel, **rates, platform=self.platform)
         return self.add_bias(y)
 
     def add_bias(self, y: Features) -> Features:

@@ -45,7 +45,8 @@ from pspnet_jax.train_step import create_train_state, make_train_step, normalize
 PLUGINS = [(f"jax-cuda{cuda}-plugin", f"jax-cuda{cuda}-pjrt") for cuda in (12, 13)]
 H200_BYTES = 141e9  # by the data sheet
 NUM_CLASSES = 150
-# Algorithms are chosen by running them, which needs a GPU.
+# Algorithms and tiles are chosen by timing them, which needs a GPU. Without that choice Triton takes
+# tiles that do not fit every matrix product, so these are left to cuBLAS.
 NO_DEVICE = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 # The H200 in the words of XLA's GpuTargetConfigProto: limits of compute capability 9.0 by the CUDA

@@ -64,7 +64,7 @@ def windows(case: dict, *kinds: str) -> collections.Counter:
 @pytest.mark.parametrize("name", ["step", "step_remat"])
 def test_training_step_has_no_window_as_large_as_the_map(cases, name):
     assert max(windows(cases[name])) <= LARGEST_KERNEL
-    # Each of the 27 3x3 convolutions (3 of the stem, 16 blocks, 2 heads) ... its gradient.
+    # One of each 3x3 convolution: 3 of the stem, 16 of the blocks, 2 of the heads.
     assert windows(cases[name], KERNEL_GRADIENT)[3] == 21
 
 

@@ -203,6 +203,32 @@ def test_max_pool_pads_one_pixel_on_every_side(size):
     np.testing.assert_array_equal(max_pool(x)[0], expected)
 
 
+@pytest.mark.parametrize("size", [(6, 4), (7, 5), (1, 2)])
+def test_gradient_of_max_pool_goes_to_the_first_largest_pixel(size):
+    """Whole numbers 0 .. 2, so that most windows hold equal pixels."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 3, (2, *size, 3)).astype(np.float32)
+    windows = ((size[0] + 1) // 2, (size[1] + 1) // 2)
+    gradient = rng.integers(1, 9, (2, *windows, 3)).astype(np.float32)
+    expected = np.zeros_like(x)
+    for image, row, column, channel in np.ndindex(2, *windows, 3):
+        pixels = [
+            (i, j)
+            for i in range(max(2 * row - 1, 0), min(2 * row + 2, size[0]))
+            for j in range(max(2 * column - 1, 0), min(2 * column + 2, size[1]))
+        ]
+        i, j = max(pixels, key=lambda at: x[image, *at, channel])  # the first of equal ones
+        expected[image, i, j, channel] += gradient[image, row, column, channel]
+    y, transpose = jax.vjp(max_pool, jnp.asarray(x))
+    np.testing.assert_array_equal(y, max_pool(jnp.asarray(x)))
+    np.testing.assert_array_equal(transpose(jnp.asarray(gradient))[0], expected)
+
+
+def test_gradient_of_max_pool_does_not_scatter():
+    program = str(jax.make_jaxpr(jax.grad(lambda x: jnp.sum(max_pool(x))))(random(1, 6, 6, 2)))
+    assert "scatter" not in program
+
+
 @pytest.mark.parametrize(("size", "rows", "columns"), [((6, 4), 3, 2), ((7, 5), 3, 2)])
 def test_average_pool_leaves_an_odd_last_line_out(size, rows, columns):
     x = np.asarray(random(2, *size, 3))

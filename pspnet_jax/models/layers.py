@@ -6,8 +6,9 @@
 * Parameters are float32; `dtype` is what is computed in. Batch statistics are always taken in float32.
 """
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from jaxtyping import Float
 
 from pspnet_jax.arrays import Features
 from pspnet_jax.models.convolution import Platform, convolve
+from pspnet_jax.resample import Pair
 
 Vectors = Float[jax.Array, "batch _channels"]
 """One vector per image."""
@@ -206,7 +208,17 @@ class ChannelDropout(nnx.Module):
 
 
 def max_pool(x: Features) -> Features:
-    """3x3 maximum at stride 2 with one pixel of padding on every side: half the size, rounded up."""
+    """3x3 maximum at stride 2 with one pixel of padding on every side: half the size, rounded up.
+
+    Of equal pixels the first gets the gradient, as in PyTorch. XLA's own gradient is a scatter: slow on CPUs,
+    and refused where GPUs are asked to be deterministic.
+    """
+    return _max_pool(x, (x.shape[1], x.shape[2]))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _max_pool(x: Features, size: Pair) -> Features:
+    """`size` = (height, width) is for the gradient."""
     return jax.lax.reduce_window(
         x,
         -jnp.inf,
@@ -215,6 +227,49 @@ def max_pool(x: Features) -> Features:
         window_strides=(1, 2, 2, 1),
         padding=((0, 0), (1, 1), (1, 1), (0, 0)),
     )
+
+
+def _max_pool_forward(x: Features, size: Pair):
+    """The maxima, and which of its nine pixels each is (by comparing, not by looking for the maximum
+    again: where XLA computes `x` twice, rounded otherwise, it would not be found)."""
+    sides = [(side + 1) // 2 for side in size]
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
+    largest, place = None, None
+    for k in range(9):
+        rows, columns = (
+            slice(tap, tap + 2 * side - 1, 2) for tap, side in zip(divmod(k, 3), sides, strict=True)
+        )
+        pixel = padded[:, rows, columns]
+        if largest is None:
+            largest, place = pixel, jnp.zeros(pixel.shape, jnp.uint8)
+        else:
+            place = jnp.where(pixel > largest, jnp.uint8(k), place)
+            largest = jnp.maximum(largest, pixel)
+    return largest, place
+
+
+def _max_pool_backward(size: Pair, place: jax.Array, gradient: Features):
+    """Each gradient to its pixel. A pixel at an even place (padding included) is the first of one window
+    and the last of the one before it, one at an odd place the middle of one: no scatter."""
+    parts = [[jnp.where(place == 3 * i + j, gradient, 0) for j in range(3)] for i in range(3)]
+    rows = [_meet(row, axis=2) for row in parts]
+    x = _meet(rows, axis=1)
+    height, width = size
+    x = x.reshape(x.shape[0], 2 * x.shape[1], 2 * x.shape[3], x.shape[5])
+    return (x[:, 1 : height + 1, 1 : width + 1],)
+
+
+def _meet(taps: Sequence[jax.Array], *, axis: int) -> jax.Array:
+    """What the first, middle and last taps of windows give to even and odd pixels: [.., windows + 1, 2, ..]."""
+
+    def moved(x: jax.Array, by: int) -> jax.Array:
+        return jnp.pad(x, [(by, 1 - by) if i == axis else (0, 0) for i in range(x.ndim)])
+
+    first, middle, last = taps
+    return jnp.stack([moved(first, 0) + moved(last, 1), moved(middle, 0)], axis=axis + 1)
+
+
+_max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
 def average_pool(x: Features) -> Features:

@@ -135,6 +135,7 @@ class Case:
         what: 'step' (8-bit images and labels -> the next state) or 'inference' (8-bit images -> logits at
             image size).
         platform: of `PSPNet`.
+        tile_mib: of `LossOptions`.
         options: of XLA.
     """
 
@@ -145,6 +146,7 @@ class Case:
     crop: int = 473
     platform: str | None = "gpu"
     remat: bool = False
+    tile_mib: float | None = 256
     options: dict[str, object] = dataclasses.field(default_factory=dict)
 
 
@@ -152,7 +154,7 @@ CASES = {
     "step": Case("step", batch=16),
     "step_remat": Case("step", batch=16, remat=True),
     "step_resnet101": Case("step", batch=16, backbone="resnet101"),
-    "step_plain": Case("step", batch=16, platform=None),
+    "step_whole_loss": Case("step", batch=16, tile_mib=None),
     "step_narrow_plain": Case("step", batch=2, width=8, platform=None),
     "inference": Case("inference", batch=16),
     "inference_one": Case("inference", batch=1),
@@ -178,7 +180,9 @@ def step_of(case: Case) -> tuple[Callable, tuple]:
     optimizer = sgd(
         schedule, momentum=0.9, weight_decay=1e-4, head_multiplier=10.0, is_head=is_head
     )
-    step = make_train_step(model, optimizer, schedule, loss=LossOptions(aux_weight=0.4), seed=0)
+    step = make_train_step(
+        model, optimizer, schedule, loss=LossOptions(aux_weight=0.4, tile_mib=case.tile_mib), seed=0
+    )
     graphdef, *values = split_model(model)
     state = jax.eval_shape(
         lambda *values: create_train_state(nnx.merge(graphdef, *values), optimizer), *values

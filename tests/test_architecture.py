@@ -26,7 +26,7 @@ LAYERS = [
     ],
     ["data/", "models/", "losses", "optimizer", "metrics", "parallel", "visualize"],
     ["train_step", "protocols", "windows", "canvas", "stream"],
-    ["segmenter"],
+    ["passes", "segmenter"],
     [
         "report_text",
         "report_html",

@@ -234,17 +234,15 @@ def _max_pool_forward(x: Features, size: Pair):
     again: where XLA computes `x` twice, rounded otherwise, it would not be found)."""
     sides = [(side + 1) // 2 for side in size]
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
-    largest, place = None, None
-    for k in range(9):
-        rows, columns = (
-            slice(tap, tap + 2 * side - 1, 2) for tap, side in zip(divmod(k, 3), sides, strict=True)
-        )
-        pixel = padded[:, rows, columns]
-        if largest is None:
-            largest, place = pixel, jnp.zeros(pixel.shape, jnp.uint8)
-        else:
-            place = jnp.where(pixel > largest, jnp.uint8(k), place)
-            largest = jnp.maximum(largest, pixel)
+    pixels = [
+        padded[:, row : row + 2 * sides[0] - 1 : 2, column : column + 2 * sides[1] - 1 : 2]
+        for row in range(3)
+        for column in range(3)
+    ]
+    largest, place = pixels[0], jnp.zeros(pixels[0].shape, jnp.uint8)
+    for k, pixel in enumerate(pixels[1:], start=1):
+        place = jnp.where(pixel > largest, jnp.uint8(k), place)
+        largest = jnp.maximum(largest, pixel)
     return largest, place
 
 

@@ -49,8 +49,8 @@ NUM_CLASSES = 150
 # tiles that do not fit every matrix product, so these are left to cuBLAS.
 NO_DEVICE = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
-# The H200 in the words of XLA's GpuTargetConfigProto: limits of compute capability 9.0 by the CUDA
-# C++ Programming Guide, numbers of units, clock and memory by NVIDIA's data sheet; sizes in bytes.
+# The H200 in the words of XLA's GpuTargetConfigProto. The numbers are those of XLA's own description
+# (xla/backends/gpu/target_config/specs/h200.txtpb) but for CUDA's version, 12.9; sizes in bytes.
 _H200_DEVICE: dict[str, object] = {
     "cuda_compute_capability": {"major": 9, "minor": 0},
     "core_count": 132,

@@ -16,7 +16,8 @@ def keep() -> None:
     JAX_ENABLE_COMPILATION_CACHE=false keeps nothing. A program is found again by its text, JAX's version and
     the device, so nothing in the folder can be out of date; it may be deleted at any time.
     """
-    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+    settings = jax.config.values
+    if settings["jax_compilation_cache_dir"] or not settings["jax_enable_compilation_cache"]:
         return
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pspnet_jax"

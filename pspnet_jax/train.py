@@ -9,7 +9,7 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import serialization
+from flax import nnx, serialization
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from pspnet_jax import check, evaluate, parallel, protocols
+from pspnet_jax import check, evaluate, parallel, passes, protocols
 from pspnet_jax import config as config_module
 from pspnet_jax.arrays import Batch
 from pspnet_jax.catalog import LabelSet, load_label_set
@@ -38,6 +38,7 @@ from pspnet_jax.data import transforms
 from pspnet_jax.data.pipeline import Source, training_batches
 from pspnet_jax.losses import LossOptions
 from pspnet_jax.metric_writer import MetricWriter, TrainingProgress, log_to, write_whole
+from pspnet_jax.models.layers import NoRandomNumbers, RandomNumbers
 from pspnet_jax.models.pspnet import (
     AUX_HEADS,
     FAMILIES,
@@ -112,7 +113,8 @@ class Run:
     source: Source
     validation: Source
     augment: transforms.RandomView
-    initial_state: TrainState
+    initial_state: Callable[[RandomNumbers], TrainState]
+    """Draws the state before the first step. A function, so that nothing holds on to its arrays."""
     train_step: TrainStep
     checkpoints: CheckpointFolder
 
@@ -202,7 +204,7 @@ class Run:
     def resume_or_start(self) -> TrainState:
         """The newest good checkpoint, else the initial state; what cannot be read is set aside."""
         self.checkpoints.remove_unfinished()
-        state, corrupt = self.initial_state, []
+        corrupt = []
         for step in reversed(self.checkpoints.steps()):
             try:
                 state = self._restored(step)
@@ -231,7 +233,7 @@ class Run:
 
     def _started(self) -> TrainState:
         """The initial state, with the weights of `init_from` where that is set."""
-        state = self.initial_state
+        state = self.initial_state(np.random.default_rng(self.config.seed))
         if self.config.init_from is None:
             return state
         params, batch_stats = start_from(
@@ -254,11 +256,9 @@ class Run:
         stored = Description.from_json(model["description"])
         folder = self.checkpoints.folder(step)
         _check_continues(stored, self.description, folder)
-        wanted = {name: getattr(self.initial_state, name) for name in ("params", "batch_stats")}
+        wanted, opt_state = jax.eval_shape(self._shapes)
         check_same_shapes({name: model[name] for name in wanted}, wanted, where=str(folder))
-        opt_state = serialization.from_state_dict(
-            self.initial_state.opt_state, optimizer["opt_state"]
-        )
+        opt_state = serialization.from_state_dict(opt_state, optimizer["opt_state"])
         restored = (
             optimizer["step"],
             model["params"],
@@ -267,6 +267,10 @@ class Run:
             optimizer["skipped_steps"],
         )
         return TrainState(*jax.tree.map(jnp.asarray, restored))
+
+    def _shapes(self) -> tuple[Tree, optax.OptState]:
+        state = self.initial_state(NoRandomNumbers())
+        return {"params": state.params, "batch_stats": state.batch_stats}, state.opt_state
 
     def look_at_data(self) -> None:
         """Read a few images of both splits: most faults of data show at once, not hours later."""
@@ -277,7 +281,8 @@ class Run:
     def announce(self) -> None:
         """Say what is trained on what; the first step is silent for as long as it compiles."""
         options, device = self.description.model, jax.devices()[0]
-        num_parameters = sum(leaf.size for leaf in jax.tree.leaves(self.initial_state.params))
+        _, params, _ = passes.structure(self.description.network())
+        num_parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
         log.info(
             "%s: %s %s of width %d, %s parameters; %d classes of '%s'; %d images, %d to evaluate on; "
             "%d x %s; the first step compiles",
@@ -350,13 +355,11 @@ def compose(config: ConfigDict, workdir: Path) -> Run:
 
     source = evaluate.open_split(config.data, split=config.data.train_split, label_set=label_set)
     validation = evaluate.open_split(config.data, split=config.evaluate.split, label_set=label_set)
-    platform = parallel.platform_of(mesh)
-    model = PSPNet(
-        options, label_set.num_classes, rng=np.random.default_rng(config.seed), platform=platform
-    )
+    description = Description(options, label_set, family.normalization, protocol)
+    structure = passes.structure(description.network(platform=parallel.platform_of(mesh)))
     schedule, optimizer = _make_optimizer(config)
     step = make_train_step(
-        model,
+        nnx.merge(*structure),
         optimizer,
         schedule,
         loss=_loss_options(config, label_set, num_devices=mesh.size),
@@ -369,14 +372,16 @@ def compose(config: ConfigDict, workdir: Path) -> Run:
     return Run(
         config=config,
         workdir=workdir,
-        description=Description(options, label_set, family.normalization, protocol),
+        description=description,
         mesh=mesh,
         source=source,
         validation=validation,
         augment=transforms.make_augment(
             augment_options, crop_size, fill=family.normalization.mean_color
         ),
-        initial_state=create_train_state(model, optimizer),
+        initial_state=lambda rng: create_train_state(
+            PSPNet(options, label_set.num_classes, rng=rng), optimizer
+        ),
         train_step=compile_step(step, mesh),
         checkpoints=CheckpointFolder(workdir / "checkpoints"),
     )

@@ -42,7 +42,7 @@ from flax import nnx
 
 from pspnet_jax.arrays import Batch
 from pspnet_jax.losses import LossOptions
-from pspnet_jax.models.layers import convolve
+from pspnet_jax.models.convolution import batch_to_space, convolve, space_to_batch
 from pspnet_jax.models.pspnet import ModelOptions, PSPNet, is_head
 from pspnet_jax.optimizer import poly_schedule, sgd
 from pspnet_jax.resample import resize
@@ -157,28 +157,6 @@ def random_array(shape: tuple[int, ...], dtype: jnp.dtype = jnp.bfloat16) -> jax
 
 
 # Part 1: the dilated 3x3 convolutions
-
-
-def space_to_batch(x: jax.Array, dilation: int) -> jax.Array:
-    """[n, h, w, c] -> [n * d * d, ceil(h / d), ceil(w / d), c]: every d-th pixel is one image.
-
-    Sides are filled up with zeros at the bottom and right, which a convolution's padding also is.
-    """
-    pads = [(0, 0), *((0, -side % dilation) for side in x.shape[1:3]), (0, 0)]
-    x = jnp.pad(x, pads)
-    batch, height, width, channels = x.shape
-    rows, columns = height // dilation, width // dilation
-    x = x.reshape(batch, rows, dilation, columns, dilation, channels).transpose(0, 2, 4, 1, 3, 5)
-    return x.reshape(batch * dilation**2, rows, columns, channels)
-
-
-def batch_to_space(x: jax.Array, dilation: int, size: tuple[int, int]) -> jax.Array:
-    """The inverse of `space_to_batch` for maps of `size` = (height, width)."""
-    images, rows, columns, channels = x.shape
-    batch = images // dilation**2
-    x = x.reshape(batch, dilation, dilation, rows, columns, channels).transpose(0, 3, 1, 4, 2, 5)
-    x = x.reshape(batch, rows * dilation, columns * dilation, channels)
-    return x[:, : size[0], : size[1]]
 
 
 def kernel_gradient_default(x: jax.Array, g: jax.Array, dilation: int) -> jax.Array:

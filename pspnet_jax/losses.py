@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, UInt8
 
 from pspnet_jax.arrays import (
@@ -26,7 +27,7 @@ from pspnet_jax.arrays import (
     PresenceLogits,
     Scalar,
 )
-from pspnet_jax.resample import resize
+from pspnet_jax.resample import Maps, apply_matrices, resize, resize_matrix
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class LossOptions:
         normalizer: 'valid' divides by the (weighted) pixels that count, 'all' by all pixels of the batch.
         resolution: 'full' stretches logits to label size; 'eighth' thins labels out to that of the logits,
             which is an eighth at the published output stride.
+        tile_mib: of stretched logits of the whole batch that are made at a time, MiB; None: all at once.
     """
 
     aux_weight: float = 0.4
@@ -56,6 +58,7 @@ class LossOptions:
     ohem_share_min: float = 1 / 16
     normalizer: str = "valid"
     resolution: str = "full"
+    tile_mib: float | None = None
 
 
 PLAIN = LossOptions()
@@ -92,26 +95,107 @@ def cross_entropy(
     Returns:
         A scalar in nats; 0 where no pixel counts.
     """
+    scores = _pixel_scores(logits, labels, options)
+    return _mean_loss(scores, labels, options, logits.shape[-1], of_batch=of_batch)
+
+
+def stretched_cross_entropy(
+    logits: Maps,
+    labels: Labels,
+    options: LossOptions = PLAIN,
+    *,
+    align_corners: bool,
+    of_batch: AnyLabels | None = None,
+    platform: str | None = None,
+) -> Scalar:
+    """`cross_entropy` of logits of any size, stretched to label size.
+
+    Where all stretched logits are more than `options.tile_mib`, they are made in tiles of rows, of which the
+    forward pass keeps three numbers a pixel at most; the backward pass makes each tile once more.
+
+    Args:
+        logits: [batch, h, w, classes].
+        align_corners: rule of the stretching.
+        platform: where it will run, see `resample.resize`.
+    """
+    batch, height, width = labels.shape
+    num_classes = logits.shape[3]
+    stretched_mib = batch * height * width * num_classes * logits.dtype.itemsize / 2**20
+    if options.tile_mib is None or stretched_mib <= options.tile_mib:
+        logits = resize(logits, (height, width), align_corners=align_corners, platform=platform)
+        return cross_entropy(logits, labels, options, of_batch=of_batch)
+    num_rows = max(int(options.tile_mib / stretched_mib * height), 1)
+    num_tiles = -(-height // num_rows)
+    missing = num_tiles * num_rows - height
+    rows = resize_matrix(logits.shape[1], height, align_corners=align_corners)
+    columns = resize_matrix(logits.shape[2], width, align_corners=align_corners)
+    rows = jnp.pad(rows, ((0, missing), (0, 0))).reshape(num_tiles, num_rows, -1)
+    padded = jnp.pad(labels, ((0, 0), (0, missing), (0, 0)), constant_values=IGNORE_LABEL)
+    padded = jnp.moveaxis(padded.reshape(batch, num_tiles, num_rows, width), 1, 0)
+
+    @jax.checkpoint
+    def scores_of(rows: jax.Array, labels: jax.Array) -> PixelScores:
+        tile = apply_matrices(logits, rows, columns, platform=platform)
+        return _pixel_scores(tile, labels, options)
+
+    tiles = jax.lax.map(lambda tile: scores_of(*tile), (rows, padded))
+    scores = jax.tree.map(
+        lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1, width)[:, :height], tiles
+    )
+    return _mean_loss(scores, labels, options, num_classes, of_batch=of_batch)
+
+
+class PixelScores(NamedTuple):
+    """What the loss needs of the logits of each pixel."""
+
+    log_total: PixelWeights
+    """log of the sum of exp(logit) over the classes."""
+    own: PixelWeights
+    """The logit of the pixel's class; 0 where it is ignored."""
+    mean: PixelWeights | None
+    """Mean of the logits, each times the weight of its class; for label smoothing."""
+
+
+def _pixel_scores(logits: Logits, labels: AnyLabels, options: LossOptions) -> PixelScores:
     # A comparison instead of a gather: its gradient is elementwise, where a gather's is a scatter.
     is_label = _is_label(labels, logits.shape[-1])
-    weights = _pixel_weights(labels, options, logits)
-    log_total = jax.nn.logsumexp(logits, axis=-1)
-    negative_log = log_total - jnp.sum(jnp.where(is_label, logits, 0), axis=-1)
-    terms = weights * negative_log
+    mean = None
     if options.label_smoothing:
-        factors = _class_factors(logits, options)
-        spread = log_total * jnp.mean(factors) - jnp.mean(logits * factors, axis=-1)
+        mean = jnp.mean(logits * _class_factors(logits, options), axis=-1)
+    return PixelScores(
+        log_total=jax.nn.logsumexp(logits, axis=-1),
+        own=jnp.sum(jnp.where(is_label, logits, 0), axis=-1),
+        mean=mean,
+    )
+
+
+def _mean_loss(
+    scores: PixelScores,
+    labels: Labels,
+    options: LossOptions,
+    num_classes: int,
+    *,
+    of_batch: AnyLabels | None,
+) -> Scalar:
+    """See `cross_entropy`."""
+    dtype = scores.own.dtype
+    weights = _pixel_weights(labels, options, num_classes, dtype)
+    negative_log = scores.log_total - scores.own
+    terms = weights * negative_log
+    if scores.mean is not None:
+        factors = options.class_weights or (1.0,)
+        spread = scores.log_total * (sum(factors) / len(factors)) - scores.mean
         spread = jnp.where(labels == IGNORE_LABEL, 0, spread)
         terms = (1 - options.label_smoothing) * terms + options.label_smoothing * spread
     if options.ohem_threshold is not None:
         is_hard = _is_hard(negative_log, labels, options)
         terms, weights = terms * is_hard, weights * is_hard
     if options.normalizer == "all":
-        count = jnp.asarray((labels if of_batch is None else of_batch).size, logits.dtype)
+        count = jnp.asarray((labels if of_batch is None else of_batch).size, dtype)
     elif of_batch is None:
         count = jnp.sum(weights)
     else:
-        count = jnp.sum(_pixel_weights(of_batch, options, logits))
+        count = jnp.sum(_pixel_weights(of_batch, options, num_classes, dtype))
     return jnp.where(count > 0, jnp.sum(terms) / jnp.where(count > 0, count, 1), 0)
 
 
@@ -157,6 +241,7 @@ def segmentation_loss(
     *,
     align_corners: bool,
     of_batch: AnyLabels | None = None,
+    platform: str | None = None,
 ) -> Losses:
     """main + aux_weight * aux + presence_weight * presence.
 
@@ -166,17 +251,23 @@ def segmentation_loss(
         options: weights of the parts, and how pixels count.
         align_corners: rule by which logits are stretched to label size.
         of_batch: see `cross_entropy`.
+        platform: where it will run, see `resample.resize`.
 
     Returns:
         `Losses`, scalars in nats per pixel that counts or per (image, class); 0 for a part that is left out.
     """
     whole = labels if of_batch is None else of_batch
 
-    def of_pixels(logits: Logits) -> Scalar:
+    def of_pixels(logits: Maps) -> Scalar:
         if options.resolution == "full":
-            size = (labels.shape[1], labels.shape[2])
-            stretched = resize(logits, size, align_corners=align_corners)
-            return cross_entropy(stretched, labels, options, of_batch=of_batch)
+            return stretched_cross_entropy(
+                logits,
+                labels,
+                options,
+                align_corners=align_corners,
+                of_batch=of_batch,
+                platform=platform,
+            )
         size = (logits.shape[1], logits.shape[2])
         thin, thin_whole = (thin_out(x, size, align_corners=align_corners) for x in (labels, whole))
         return cross_entropy(
@@ -207,12 +298,14 @@ def _is_hard(
     return is_valid & (probability <= jnp.maximum(last_kept, options.ohem_threshold))
 
 
-def _pixel_weights(labels: AnyLabels, options: LossOptions, like: Logits) -> PixelWeights:
-    """The weight of each pixel's class; 0 where it is ignored. `like` gives classes and dtype."""
+def _pixel_weights(
+    labels: AnyLabels, options: LossOptions, num_classes: int, dtype: DTypeLike
+) -> PixelWeights:
+    """The weight of each pixel's class; 0 where it is ignored."""
     if options.class_weights is None:
-        return (labels != IGNORE_LABEL).astype(like.dtype)
-    is_label = _is_label(labels, like.shape[-1])
-    return jnp.sum(jnp.where(is_label, _class_factors(like, options), 0), axis=-1)
+        return (labels != IGNORE_LABEL).astype(dtype)
+    factors = jnp.asarray(options.class_weights, dtype).reshape(1, 1, 1, -1)
+    return jnp.sum(jnp.where(_is_label(labels, num_classes), factors, 0), axis=-1)
 
 
 def _class_factors(like: jax.Array, options: LossOptions) -> Float[jax.Array, "*_ones classes"]:

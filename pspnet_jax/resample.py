@@ -125,7 +125,7 @@ def adaptive_average_pool(x: Maps, num_bins: int) -> Maps:
     if _divides(num_bins, x):
         cells = (batch, num_bins, height // num_bins, num_bins, width // num_bins, channels)
         return x.reshape(cells).mean(axis=(2, 4), dtype=_accumulator(x)).astype(x.dtype)
-    return _separable(x, pooling_matrix(height, num_bins), pooling_matrix(width, num_bins))
+    return apply_matrices(x, pooling_matrix(height, num_bins), pooling_matrix(width, num_bins))
 
 
 def adaptive_average_pools(x: Maps, bins: Sequence[int]) -> list[Maps]:
@@ -186,13 +186,18 @@ def _symbolic_max_pool(x: Maps, num_bins: int, *, axis: int) -> Maps:
     return jnp.concatenate(bins, axis=axis)
 
 
-def resize(x: Maps, size: Pair, *, align_corners: bool) -> Maps:
-    """Bilinear resizing of feature maps or logits to `size` = (height, width), without anti-aliasing."""
+def resize(x: Maps, size: Pair, *, align_corners: bool, platform: str | None = None) -> Maps:
+    """Bilinear resizing of feature maps or logits to `size` = (height, width), without anti-aliasing.
+
+    Args:
+        platform: where it will run, 'cpu', 'gpu' or 'tpu' (None: anywhere); the result is the same but for
+            rounding.
+    """
     if x.shape[1:3] == size:
         return x
     rows = resize_matrix(x.shape[1], size[0], align_corners=align_corners)
     columns = resize_matrix(x.shape[2], size[1], align_corners=align_corners)
-    return _separable(x, rows, columns)
+    return apply_matrices(x, rows, columns, platform=platform)
 
 
 def shifted_resize_matrices(
@@ -219,12 +224,14 @@ def _accumulator(x: jax.Array) -> np.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def _separable(
+def apply_matrices(
     x: Maps,
     rows: Float[AnyArray, "new_height height"],
     columns: Float[AnyArray, "new_width width"],
+    *,
+    platform: str | None = None,
 ) -> Maps:
-    """rows @ x @ columns^T for every image and channel."""
+    """rows @ x @ columns^T for every image and channel, in the dtype of `x`."""
     dtype = _accumulator(x)
 
     def contract(equation: str, matrix: AnyArray, maps: jax.Array) -> jax.Array:
@@ -232,4 +239,8 @@ def _separable(
         return jnp.einsum(equation, matrix.astype(dtype), maps, precision=jax.lax.Precision.HIGHEST)
 
     y = contract("Hh,nhwc->nHwc", rows, x.astype(dtype))
+    if platform == "cpu":
+        # One product for each row: a single one leaves its result transposed, which costs more than itself.
+        each = jnp.broadcast_to(jnp.asarray(columns), (*y.shape[:2], *columns.shape))
+        return contract("nHWw,nHwc->nHWc", each, y).astype(x.dtype)
     return contract("Ww,nhwc->nhWc", columns, y).astype(x.dtype)

@@ -79,7 +79,7 @@ def make_train_step(
     """The function (state, batch) -> (next state, metrics) of a network and its optimizer.
 
     Args:
-        model: gives the structure; its values are not used.
+        model: gives the structure, and the platform on which the step will run; its values are not used.
         schedule: step -> learning rate, for the metrics (the optimizer has its own).
         loss: what is minimized.
         accumulate_steps: parts of the batch that go through one after the other, for less memory. Losses are
@@ -125,7 +125,7 @@ def _make_gradient(model: PSPNet, loss: LossOptions, *, share: float) -> Callabl
         share: of one part in the batch.
     """
     graphdef, _, _ = split_model(model)
-    options = model.options
+    options, platform = model.options, model.platform
     normalization = FAMILIES[options.family].normalization
 
     def loss_of(
@@ -135,7 +135,12 @@ def _make_gradient(model: PSPNet, loss: LossOptions, *, share: float) -> Callabl
         model = nnx.merge(graphdef, params, batch_stats)
         outputs = model(normalize(part.images, normalization, dtype=dtype), train=True, key=key)
         losses = segmentation_loss(
-            outputs, part.labels, loss, align_corners=options.align_corners, of_batch=of_batch
+            outputs,
+            part.labels,
+            loss,
+            align_corners=options.align_corners,
+            of_batch=of_batch,
+            platform=platform,
         )
         statistics = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
         metrics = _loss_metrics(losses, outputs, part.labels, share=share)

@@ -62,7 +62,7 @@ FOLDERS = {
         "pipeline",
         "survey",
     ],
-    "models/": ["layers", "resnet", "densenet", "squeezenet", "pyramid", "pspnet"],
+    "models/": ["convolution", "layers", "resnet", "densenet", "squeezenet", "pyramid", "pspnet"],
 }
 FOUNDATIONS = {"arrays", "resample", "catalog"}  # where the modules of layer 2 meet
 PURE = [

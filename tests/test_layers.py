@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pspnet_jax.models.convolution import convolve
 from pspnet_jax.models.layers import (
     HE_FAN_OUT,
     TORCH_DEFAULT,
@@ -16,7 +17,6 @@ from pspnet_jax.models.layers import (
     NoRandomNumbers,
     PReLU,
     average_pool,
-    convolve,
     max_pool,
 )
 
@@ -201,6 +201,32 @@ def test_max_pool_pads_one_pixel_on_every_side(size):
     rows, columns = range(0, size[0], 2), range(0, size[1], 2)
     expected = [[padded[0, i : i + 3, j : j + 3].max((0, 1)) for j in columns] for i in rows]
     np.testing.assert_array_equal(max_pool(x)[0], expected)
+
+
+@pytest.mark.parametrize("size", [(6, 4), (7, 5), (1, 2)])
+def test_gradient_of_max_pool_goes_to_the_first_largest_pixel(size):
+    """Whole numbers 0 .. 2, so that most windows hold equal pixels."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 3, (2, *size, 3)).astype(np.float32)
+    windows = ((size[0] + 1) // 2, (size[1] + 1) // 2)
+    gradient = rng.integers(1, 9, (2, *windows, 3)).astype(np.float32)
+    expected = np.zeros_like(x)
+    for image, row, column, channel in np.ndindex(2, *windows, 3):
+        pixels = [
+            (i, j)
+            for i in range(max(2 * row - 1, 0), min(2 * row + 2, size[0]))
+            for j in range(max(2 * column - 1, 0), min(2 * column + 2, size[1]))
+        ]
+        i, j = max(pixels, key=lambda at: x[image, *at, channel])  # the first of equal ones
+        expected[image, i, j, channel] += gradient[image, row, column, channel]
+    y, transpose = jax.vjp(max_pool, jnp.asarray(x))
+    np.testing.assert_array_equal(y, max_pool(jnp.asarray(x)))
+    np.testing.assert_array_equal(transpose(jnp.asarray(gradient))[0], expected)
+
+
+def test_gradient_of_max_pool_does_not_scatter():
+    program = str(jax.make_jaxpr(jax.grad(lambda x: jnp.sum(max_pool(x))))(random(1, 6, 6, 2)))
+    assert "scatter" not in program
 
 
 @pytest.mark.parametrize(("size", "rows", "columns"), [((6, 4), 3, 2), ((7, 5), 3, 2)])

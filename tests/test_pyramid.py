@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pspnet_jax.models.layers import TORCH_DEFAULT, BatchNorm, Conv, convolve
+from pspnet_jax.models.convolution import convolve
+from pspnet_jax.models.layers import TORCH_DEFAULT, BatchNorm, Conv
 from pspnet_jax.models.pyramid import Pyramid, PyramidPooling, fuse
 from pspnet_jax.resample import resize
 

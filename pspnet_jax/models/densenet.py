@@ -16,6 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from pspnet_jax.arrays import Features
+from pspnet_jax.models.convolution import Platform
 from pspnet_jax.models.layers import (
     HE_FAN_OUT,
     BatchNorm,
@@ -82,6 +83,7 @@ class DenseNet(nnx.Module):
         frozen_norm: bool,
         remat: bool,
         dtype: DTypeLike,
+        platform: Platform = None,
         rng: RandomNumbers,
         initializer: Initializer = HE_FAN_OUT,
     ):
@@ -90,7 +92,7 @@ class DenseNet(nnx.Module):
                 f"width={width} of {backbone} must be even (nearest: {max(2, width - 1)}, "
                 f"{width + 1}): each layer grows by half of it"
             )
-        conv = functools.partial(Conv, initializer=initializer, dtype=dtype)
+        conv = functools.partial(Conv, initializer=initializer, dtype=dtype, platform=platform)
         norm = functools.partial(BatchNorm, frozen=frozen_norm)
         self.num_layers, self.remat = DEPTHS[backbone], remat
         growth = width // 2

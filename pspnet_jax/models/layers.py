@@ -6,8 +6,9 @@
 * Parameters are float32; `dtype` is what is computed in. Batch statistics are always taken in float32.
 """
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,8 +19,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from pspnet_jax.arrays import Features
+from pspnet_jax.models.convolution import Platform, convolve
+from pspnet_jax.resample import Pair
 
-Kernel = Float[jax.Array, "kernel_height kernel_width in_channels out_channels"]
 Vectors = Float[jax.Array, "batch _channels"]
 """One vector per image."""
 RandomNumbers = np.random.Generator
@@ -68,19 +70,6 @@ TORCH_DEFAULT = Initializer(
 """Uniform within 1 / sqrt(fan_in), kernel and bias: what PyTorch gives a layer unasked."""
 
 
-def convolve(x: Features, kernel: Kernel, *, stride: int = 1, dilation: int = 1) -> Features:
-    """Cross-correlation of [batch, h, w, in] with [kh, kw, in, out], padded to keep the size at stride 1."""
-    padding = [(dilation * (size - 1) // 2,) * 2 for size in kernel.shape[:2]]
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        window_strides=(stride, stride),
-        padding=padding,
-        rhs_dilation=(dilation, dilation),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-
-
 class Conv(nnx.Module):
     """A convolution with a square kernel."""
 
@@ -95,6 +84,7 @@ class Conv(nnx.Module):
         use_bias: bool = False,
         initializer: Initializer,
         dtype: DTypeLike,
+        platform: Platform = None,
         rng: RandomNumbers,
     ):
         shape = (kernel_size, kernel_size, in_channels, out_channels)
@@ -102,10 +92,12 @@ class Conv(nnx.Module):
         self.kernel = nnx.Param(jnp.asarray(kernel))
         self.bias = nnx.Param(jnp.asarray(bias)) if use_bias else None
         self.stride, self.dilation, self.dtype = stride, dilation, dtype
+        self.platform = platform
 
     def __call__(self, x: Features) -> Features:
         kernel = self.kernel[...].astype(self.dtype)
-        y = convolve(x.astype(self.dtype), kernel, stride=self.stride, dilation=self.dilation)
+        rates = {"stride": self.stride, "dilation": self.dilation}
+        y = convolve(x.astype(self.dtype), kernel, **rates, platform=self.platform)
         return self.add_bias(y)
 
     def add_bias(self, y: Features) -> Features:
@@ -216,7 +208,17 @@ class ChannelDropout(nnx.Module):
 
 
 def max_pool(x: Features) -> Features:
-    """3x3 maximum at stride 2 with one pixel of padding on every side: half the size, rounded up."""
+    """3x3 maximum at stride 2 with one pixel of padding on every side: half the size, rounded up.
+
+    Of equal pixels the first gets the gradient, as in PyTorch. XLA's own gradient is a scatter: slow on CPUs,
+    and refused where GPUs are asked to be deterministic.
+    """
+    return _max_pool(x, (x.shape[1], x.shape[2]))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _max_pool(x: Features, size: Pair) -> Features:
+    """`size` = (height, width) is for the gradient."""
     return jax.lax.reduce_window(
         x,
         -jnp.inf,
@@ -225,6 +227,49 @@ def max_pool(x: Features) -> Features:
         window_strides=(1, 2, 2, 1),
         padding=((0, 0), (1, 1), (1, 1), (0, 0)),
     )
+
+
+def _max_pool_forward(x: Features, size: Pair):
+    """The maxima, and which of its nine pixels each is (by comparing, not by looking for the maximum
+    again: where XLA computes `x` twice, rounded otherwise, it would not be found)."""
+    sides = [(side + 1) // 2 for side in size]
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
+    largest, place = None, None
+    for k in range(9):
+        rows, columns = (
+            slice(tap, tap + 2 * side - 1, 2) for tap, side in zip(divmod(k, 3), sides, strict=True)
+        )
+        pixel = padded[:, rows, columns]
+        if largest is None:
+            largest, place = pixel, jnp.zeros(pixel.shape, jnp.uint8)
+        else:
+            place = jnp.where(pixel > largest, jnp.uint8(k), place)
+            largest = jnp.maximum(largest, pixel)
+    return largest, place
+
+
+def _max_pool_backward(size: Pair, place: jax.Array, gradient: Features):
+    """Each gradient to its pixel. A pixel at an even place (padding included) is the first of one window
+    and the last of the one before it, one at an odd place the middle of one: no scatter."""
+    parts = [[jnp.where(place == 3 * i + j, gradient, 0) for j in range(3)] for i in range(3)]
+    rows = [_meet(row, axis=2) for row in parts]
+    x = _meet(rows, axis=1)
+    height, width = size
+    x = x.reshape(x.shape[0], 2 * x.shape[1], 2 * x.shape[3], x.shape[5])
+    return (x[:, 1 : height + 1, 1 : width + 1],)
+
+
+def _meet(taps: Sequence[jax.Array], *, axis: int) -> jax.Array:
+    """What the first, middle and last taps of windows give to even and odd pixels: [.., windows + 1, 2, ..]."""
+
+    def moved(x: jax.Array, by: int) -> jax.Array:
+        return jnp.pad(x, [(by, 1 - by) if i == axis else (0, 0) for i in range(x.ndim)])
+
+    first, middle, last = taps
+    return jnp.stack([moved(first, 0) + moved(last, 1), moved(middle, 0)], axis=axis + 1)
+
+
+_max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
 def average_pool(x: Features) -> Features:

@@ -19,6 +19,7 @@ from flax import nnx
 
 from pspnet_jax.arrays import Images, Outputs
 from pspnet_jax.models import densenet, resnet, squeezenet
+from pspnet_jax.models.convolution import Platform
 from pspnet_jax.models.layers import (
     HE_FAN_OUT,
     TORCH_DEFAULT,
@@ -237,14 +238,25 @@ class PSPNet(nnx.Module):
         options: a resolved `ModelOptions`.
         num_classes: channels of the logits.
         rng: `np.random.default_rng(seed)`; draws the initial parameters.
+        platform: where it will run, 'cpu', 'gpu' or 'tpu': operations take the form that is fastest there,
+            equal but for rounding. None: the plain form of each.
     """
 
-    def __init__(self, options: ModelOptions, num_classes: int, *, rng: RandomNumbers):
+    def __init__(
+        self,
+        options: ModelOptions,
+        num_classes: int,
+        *,
+        rng: RandomNumbers,
+        platform: Platform = None,
+    ):
         dtype = DTYPES[options.dtype]
         for_backbone, for_heads = INITIALIZERS[options.initializer]
-        self.options, self.num_classes = options, num_classes
-        self.backbone = _make_backbone(options, initializer=for_backbone, rng=rng)
-        conv = functools.partial(Conv, initializer=for_heads, dtype=dtype)
+        self.options, self.num_classes, self.platform = options, num_classes, platform
+        self.backbone = _make_backbone(
+            options, initializer=for_backbone, platform=platform, rng=rng
+        )
+        conv = functools.partial(Conv, initializer=for_heads, dtype=dtype, platform=platform)
         norm = functools.partial(BatchNorm, frozen=options.frozen_norm)
         self.pyramid = PyramidPooling(
             self.backbone.stage4_channels,
@@ -324,7 +336,7 @@ class PSPNet(nnx.Module):
 
 
 def _make_backbone(
-    options: ModelOptions, *, initializer: Initializer, rng: RandomNumbers
+    options: ModelOptions, *, initializer: Initializer, platform: Platform, rng: RandomNumbers
 ) -> Backbone:
     common = functools.partial(
         _BACKBONE_CLASSES[options.backbone],
@@ -333,6 +345,7 @@ def _make_backbone(
         remat=options.remat,
         dtype=DTYPES[options.dtype],
         initializer=initializer,
+        platform=platform,
         rng=rng,
     )
     if options.backbone in squeezenet.VERSIONS:  # has no norms

@@ -24,6 +24,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from pspnet_jax.arrays import Features, Logits, PresenceLogits
+from pspnet_jax.models.convolution import convolve
 from pspnet_jax.models.layers import (
     BatchNorm,
     ChannelDropout,
@@ -31,7 +32,6 @@ from pspnet_jax.models.layers import (
     Linear,
     PReLU,
     RandomNumbers,
-    convolve,
 )
 from pspnet_jax.resample import (
     Pair,
@@ -98,7 +98,7 @@ def fuse(pyramid: Pyramid, conv: Conv) -> Features:
     # One split: its gradient is one concatenation, that of slices a sum of kernels filled up with zeros.
     kernels = jnp.split(kernel, np.cumsum([part.shape[3] for part in parts])[:-1], axis=2)
     map_kernel = kernels.pop(0 if pyramid.map_first else num_levels)
-    y = convolve(pyramid.map.astype(dtype), map_kernel)
+    y = convolve(pyramid.map.astype(dtype), map_kernel, platform=conv.platform)
     if pyramid.levels:
         wide = jnp.promote_types(dtype, jnp.float32)
         levels, kernels = (

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from pspnet_jax.arrays import Features
+from pspnet_jax.models.convolution import Platform
 from pspnet_jax.models.layers import (
     HE_FAN_OUT,
     BatchNorm,
@@ -162,11 +163,12 @@ class ResNet(nnx.Module):
         frozen_norm: bool,
         remat: bool,
         dtype: DTypeLike,
+        platform: Platform = None,
         rng: RandomNumbers,
         initializer: Initializer = HE_FAN_OUT,
     ):
         block, num_blocks = DEPTHS[backbone]
-        conv = functools.partial(Conv, initializer=initializer, dtype=dtype)
+        conv = functools.partial(Conv, initializer=initializer, dtype=dtype, platform=platform)
         norm = functools.partial(BatchNorm, frozen=frozen_norm)
         make_stem = DeepStem if stem == "deep" else PlainStem
         self.stem = make_stem(width, conv=conv, norm=norm, rng=rng)

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from pspnet_jax.arrays import Features
+from pspnet_jax.models.convolution import Platform
 from pspnet_jax.models.layers import (
     HE_FAN_OUT,
     Conv,
@@ -83,6 +84,7 @@ class SqueezeNet(nnx.Module):
         width: int,
         remat: bool,
         dtype: DTypeLike,
+        platform: Platform = None,
         rng: RandomNumbers,
         initializer: Initializer = HE_FAN_OUT,
     ):
@@ -91,7 +93,9 @@ class SqueezeNet(nnx.Module):
                 f"width={width} of {backbone} must be a multiple of 4 (nearest: "
                 f"{max(4, width // 4 * 4)}, {width // 4 * 4 + 4}): it squeezes to quarters of it"
             )
-        conv = functools.partial(Conv, use_bias=True, initializer=initializer, dtype=dtype)
+        conv = functools.partial(
+            Conv, use_bias=True, initializer=initializer, dtype=dtype, platform=platform
+        )
         self.stages, self.remat = VERSIONS[backbone], remat
         self.conv1 = conv(3, width, 3, stride=2, rng=rng)
         channels = [width]  # of each stage

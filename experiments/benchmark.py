@@ -108,7 +108,9 @@ class Launcher:
         return Worker(task, log=self.output / "logs" / f"{name}.log", environment=environment)
 
 
-def measure_group(launcher: Launcher, tasks: dict[str, Task], rounds: int) -> dict[str, dict]:
+def measure_group(
+    launcher: Launcher, tasks: dict[str, Task], rounds: int, *, with_peak: bool = True
+) -> dict[str, dict]:
     """Column -> 'seconds' of every round, facts, and the highest memory; or its 'error'."""
     found: dict[str, dict] = {}
     with contextlib.ExitStack() as stack:
@@ -131,7 +133,7 @@ def measure_group(launcher: Launcher, tasks: dict[str, Task], rounds: int) -> di
                     del workers[column]
     for column in workers:
         found[column].pop("process_bytes")
-        found[column]["peak_bytes"] = peak_of(launcher, tasks[column])
+        found[column]["peak_bytes"] = peak_of(launcher, tasks[column]) if with_peak else None
     return found
 
 
@@ -220,9 +222,12 @@ def run_all(arguments: argparse.Namespace) -> None:
         "platform": device,
         "versions": facts["versions"],
         "settings": {name: str(value) for name, value in vars(arguments).items()},
+        "agreement": {},
         "ceiling": ceiling(launcher, dataclasses.replace(counting, platform=device), arguments),
         "groups": {},
     }
+    if not arguments.ours_only:
+        report["agreement"] = agreement(launcher, dataclasses.replace(counting, platform=device))
     for name, tasks in groups(arguments, device).items():
         any_task = next(iter(tasks.values()))
         rounds = arguments.rounds
@@ -239,8 +244,7 @@ def run_all(arguments: argparse.Namespace) -> None:
         }
         benchmark_report.write(output, report)
     if arguments.data:
-        step_task = groups(arguments, device)
-        crop = max(task.crop for tasks in step_task.values() for task in tasks.values())
+        crop = arguments.step_crop or (473 if device == "gpu" else 233)
         report["data"] = data_rates(launcher, crop=crop, rounds=arguments.rounds)
     benchmark_report.write(output, report)
     print(f"written: {output / 'results.md'}, {output / 'results.json'}")
@@ -268,6 +272,27 @@ def ceiling(launcher: Launcher, task: Task, arguments: argparse.Namespace) -> di
             found[side] = {"error": str(error)}
     rates = [rate for row in found.values() for rate in row.values() if isinstance(rate, float)]
     return {"sides": found, "best": max(rates, default=None)}
+
+
+def agreement(launcher: Launcher, task: Task) -> dict[str, dict]:
+    """Our column -> how far it is from `pspnet_torch.py` with the same weights on two small crops."""
+    found: dict[str, dict] = {}
+    for column in (OURS, PLAIN):
+        compared = dataclasses.replace(
+            task,
+            module="benchmark_agreement",
+            column=column,
+            what="agreement",
+            batch=2,
+            crop=min(task.crop, 97),
+        )
+        try:
+            with launcher.start(compared, JAX_ENABLE_X64="1") as worker:
+                found[column] = worker.facts["differences"]
+        except WorkerError as error:
+            found[column] = {"error": str(error)}
+        _tell(compared, column, str(found[column]))
+    return found
 
 
 def data_rates(launcher: Launcher, *, crop: int, rounds: int) -> dict:

@@ -50,7 +50,7 @@ def network_macs(options: ModelOptions, num_classes: int, side: int) -> tuple[in
         keys = tuple(key.key for key in path)
         if keys[-1] != "kernel":
             continue
-        macs = math.prod(leaf.shape) * _positions(keys, side)
+        macs = math.prod(leaf.shape) * _positions(keys, leaf.shape[0], side)
         if keys[0] == "aux_head":
             aux += macs
         else:
@@ -58,7 +58,7 @@ def network_macs(options: ModelOptions, num_classes: int, side: int) -> tuple[in
     return forward, aux
 
 
-def _positions(keys: tuple[str, ...], side: int) -> int:
+def _positions(keys: tuple[str, ...], kernel_size: int, side: int) -> int:
     """Of the output of a convolution, by the path of its kernel."""
     if keys[0] == "pyramid":
         return int(keys[1].removeprefix("level")) ** 2
@@ -68,8 +68,8 @@ def _positions(keys: tuple[str, ...], side: int) -> int:
         return half**2
     if keys[0] == "backbone" and keys[1].startswith("layer1_"):
         return quarter**2
-    # The stride of a bottleneck is in its second convolution (a basic block's is in its first).
-    if keys[1:3] == ("layer2_0", "conv1"):
+    # The stride of a bottleneck is in its second convolution, that of a basic block in its first.
+    if keys[1:3] == ("layer2_0", "conv1") and kernel_size == 1:
         return quarter**2
     return ((quarter + 1) // 2) ** 2
 

@@ -3,9 +3,9 @@
     python experiments/benchmark_growth.py --output=runs/benchmark_growth [--small]
 
 * Each factor is varied alone around a base (on a CPU ResNet-18 of width 16, 4 x 161, 19 classes; on
-  a GPU ResNet-50 of width 64, 8 x 321, 150 classes): seconds of a call (median, columns of a factor
-  taking turns), XLA's temporaries, and the highest memory of a process that finds its compilation in
-  a cache. A line through the logarithms gives the exponent, a straight one the share of the base
+  a GPU ResNet-50 of width 64, 8 x 321, 150 classes): seconds of a call (median, the values of a
+  factor taking turns), XLA's temporaries, and of the training step the highest memory of a process
+  that finds its compilation in a cache. A line through the logarithms gives the exponent, a straight one the share of the base
   that does not depend on the factor.
 * A batch of one image cannot be trained: the pyramid's level of one bin has one value per channel.
 * Devices are CPU devices of one process; the training step at a fixed global batch is compiled for them and
@@ -127,7 +127,7 @@ def vary(launcher: Launcher, base: Task, factor: str, what: str, rounds: int) ->
         change = {"batch": "batch", "crop": "crop", "classes": "num_classes"}.get(factor)
         changes = {change: value} if change else {"backbone": f"resnet{value}"}
         tasks[str(value)] = dataclasses.replace(base, what=what, **changes)
-    rows = measure_group(launcher, tasks, rounds)
+    rows = measure_group(launcher, tasks, rounds, with_peak=what == "training step")
     measured = {int(value): row for value, row in rows.items() if "error" not in row}
     fits = {}
     for name in ("seconds", "temporary_bytes"):

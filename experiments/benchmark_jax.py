@@ -1,5 +1,6 @@
 """Our side of `benchmark.py`: the network of its device and the plain one, compiled for one shape."""
 
+import dataclasses
 import functools
 import importlib.metadata
 import tempfile
@@ -17,6 +18,7 @@ from flax import nnx
 from pspnet_jax import parallel, protocols
 from pspnet_jax.arrays import Batch
 from pspnet_jax.catalog import load_label_set
+from pspnet_jax.config import default_config
 from pspnet_jax.losses import LossOptions
 from pspnet_jax.models.pspnet import FAMILIES, ModelOptions, PSPNet, is_head
 from pspnet_jax.optimizer import poly_schedule, sgd
@@ -48,9 +50,21 @@ def make_options(task: Task) -> ModelOptions:
 
 def make_model(task: Task) -> PSPNet:
     """With the operations of the device, or plain ones."""
-    platform = None if task.column == PLAIN else task.platform
     rng = np.random.default_rng(0)
-    return PSPNet(make_options(task), task.num_classes, rng=rng, platform=platform)
+    return PSPNet(make_options(task), task.num_classes, rng=rng, platform=platform_of(task))
+
+
+def platform_of(task: Task) -> str | None:
+    """Of the operations; None is the plain form of each."""
+    return None if task.column == PLAIN else task.platform
+
+
+def make_loss() -> LossOptions:
+    """The authors' losses, computed as training computes them by default."""
+    section = default_config().loss
+    names = {field.name for field in dataclasses.fields(LossOptions)} & set(section)
+    values = {name: section[name] for name in names}
+    return LossOptions(**values | {"aux_weight": 0.4, "presence_weight": 0.0})
 
 
 def forward(task: Task) -> Prepared:
@@ -61,7 +75,9 @@ def forward(task: Task) -> Prepared:
 
     def logits_of(params, batch_stats, images):
         outputs = nnx.merge(graphdef, params, batch_stats)(images, train=False)
-        return resize(outputs.logits, images.shape[1:3], align_corners=True)
+        return resize(
+            outputs.logits, images.shape[1:3], align_corners=True, platform=platform_of(task)
+        )
 
     arguments = (params, batch_stats, images)
     compiled, facts = compile_(jax.jit(logits_of), *arguments)
@@ -194,7 +210,7 @@ def _step_and_arguments(task: Task) -> tuple[Callable, object, Batch]:
     optimizer = sgd(
         schedule, momentum=0.9, weight_decay=1e-4, head_multiplier=10.0, is_head=is_head
     )
-    step = make_train_step(model, optimizer, schedule, loss=LossOptions(aux_weight=0.4), seed=0)
+    step = make_train_step(model, optimizer, schedule, loss=make_loss(), seed=0)
     images, labels = random_batch(task)
     index, valid = np.arange(task.batch, dtype=np.int32), np.ones(task.batch, bool)
     batch = Batch(images, labels, index, valid)

@@ -82,6 +82,7 @@ def markdown(report: dict) -> str:
         f"{'bfloat16' if report['platform'] == 'gpu' else 'float32'}.",
         "",
         _ceiling_line(report["ceiling"]),
+        *_agreement_lines(report["agreement"]),
     ]
     if settings["small"] == "True":
         text += ["", "Tiny shapes, unoptimized: the figures below mean nothing."]
@@ -103,6 +104,17 @@ def _ceiling_line(ceiling: dict) -> str:
         sides.append(f"{side} {each}")
     best = f"{ceiling['best'] / 1e9:.0f} GFLOP/s" if ceiling["best"] else "not known"
     return f"Ceiling of matrix products: {best} (by side of the matrices, {'; '.join(sides)})."
+
+
+def _agreement_lines(agreement: dict[str, dict]) -> list[str]:
+    lines = []
+    for column, row in agreement.items():
+        said = row.get("error") or ", ".join(f"{name} {row[name]:.1e}" for name in row)
+        lines += [
+            "",
+            f"'{column}' beside PyTorch with the same weights, relative, float32: {said}.",
+        ]
+    return lines
 
 
 def _table(group: dict, ceiling: float | None) -> list[str]:

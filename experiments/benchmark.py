@@ -14,7 +14,8 @@ that long by itself). --semseg adds the authors' own module (github.com/hszhao/s
   with the operations of the device, and plain. float32 on a CPU, bfloat16 on a GPU (autocast in
   PyTorch, whose logits stay bfloat16; ours are float32).
 * Every column is a process of its own. All are prepared; then each is measured once in every round.
-  Ratios are those of one round; their median, lowest and highest are told.
+  Ratios are those of one round; their median, lowest and highest are told. The machine must be idle:
+  PyTorch's threads wait for each other, and lose far more to other processes than XLA's do.
 * The highest memory is that of one more process for each column, which finds compilations in a cache.
 * results.json and results.md are written again after every group: what is stopped leaves what it has.
 """
@@ -234,8 +235,10 @@ def run_all(arguments: argparse.Namespace) -> None:
         if any_task.what == "evaluation":
             rounds = min(rounds, EVALUATION_ROUNDS)
         macs, aux_macs = macs_of(launcher, any_task)
+        load = os.getloadavg()[0]  # before the group: of others
         report["groups"][name] = {
             "images": any_task.batch,
+            "load_before": load,
             "macs": {
                 "forward": macs,
                 "training step": 3 * (macs + aux_macs),  # two gradients of every product

@@ -88,6 +88,7 @@ def markdown(report: dict) -> str:
         text += ["", "Tiny shapes, unoptimized: the figures below mean nothing."]
     for name, group in report["groups"].items():
         text += ["", f"### {name}", "", *_table(group, report["ceiling"]["best"])]
+        text += ["", f"Load of the machine before it (one minute): {group['load_before']:.1f}."]
     text += ["", EXPLANATION, ""]
     if "data" in report:
         text += [*_data_lines(report["data"]), ""]
@@ -112,7 +113,7 @@ def _agreement_lines(agreement: dict[str, dict]) -> list[str]:
         said = row.get("error") or ", ".join(f"{name} {row[name]:.1e}" for name in row)
         lines += [
             "",
-            f"'{column}' beside PyTorch with the same weights, relative, float32: {said}.",
+            f"'{column}' beside PyTorch with the same weights, relative (float64 where not named): {said}.",
         ]
     return lines
 

@@ -80,6 +80,7 @@ def default_config() -> ConfigDict:
     loss.ohem_share_min = 0.0625  # of the valid pixels, that count in any case; 0..1
     loss.normalizer = "valid"  # divide by pixels: valid (that count) | all
     loss.resolution = "full"  # full: logits at label size | eighth: labels at that of the logits
+    loss.tile_mib = 64.0  # of full-size logits that each device makes at a time, MiB; above 0
 
     optimizer = config.optimizer = ConfigDict()
     optimizer.name = "sgd"  # sgd | adam
@@ -175,6 +176,7 @@ _CONSTRAINTS: dict[str, tuple[Callable, str]] = {
     "loss.ohem_share_min": _FRACTION,
     "loss.normalizer": _one_of("valid", "all"),
     "loss.resolution": _one_of("full", "eighth"),
+    "loss.tile_mib": _POSITIVE,
     "optimizer.name": _one_of("sgd", "adam"),
     "optimizer.learning_rate": _POSITIVE,
     "optimizer.schedule": _one_of("poly", "multistep"),

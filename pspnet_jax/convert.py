@@ -23,8 +23,9 @@ from pspnet_jax.config import default_config
 from pspnet_jax.models.layers import NoRandomNumbers
 from pspnet_jax.models.pspnet import FAMILIES, ModelOptions, PSPNet
 from pspnet_jax.models.resnet import DEPTHS
+from pspnet_jax.passes import structure
 from pspnet_jax.pretrained import FORMAT, read_file, recognize
-from pspnet_jax.segmenter import Description, model_part, structure
+from pspnet_jax.segmenter import Description, model_part
 from pspnet_jax.train_step import split_model
 from pspnet_jax.weights import names, safetensors
 from pspnet_jax.weights.fit import Shape, fit, stem_of
@@ -104,7 +105,7 @@ def _convert_network(
     family = FAMILIES[options.family]
     protocol = protocols.choose(family.protocol, label_set)
     description = Description(options, label_set, family.normalization, protocol)
-    _, params, batch_stats = structure(description)
+    _, params, batch_stats = structure(description.network())
     shapes = {path: tuple(x.shape) for path, x in (flatten(params) | flatten(batch_stats)).items()}
     _check_amount(weights, shapes, options, file)
     found = fit(weights, shapes, where=file)

@@ -22,12 +22,12 @@ from flax import nnx
 from pspnet_jax.checkpoint import flatten
 from pspnet_jax.metric_writer import write_whole
 from pspnet_jax.models.pspnet import FAMILIES
+from pspnet_jax.passes import structure
 from pspnet_jax.segmenter import (
     Description,
     StoredModel,
     logits_function,
     read_checkpoint,
-    structure,
 )
 from pspnet_jax.version import __version__
 from pspnet_jax.weights import names, safetensors
@@ -148,7 +148,7 @@ def exported_function(stored: StoredModel, *, platforms: tuple[str, ...]) -> jax
 @functools.lru_cache(maxsize=16)
 def smallest_side(description: Description) -> int:
     """The smallest height and width of images, pixels, whose feature maps are not empty."""
-    graphdef, *arrays = structure(description)
+    graphdef, *arrays = structure(description.network())
     family = FAMILIES[description.model.family]
 
     def feature_maps(params, batch_stats, images):

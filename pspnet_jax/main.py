@@ -460,10 +460,12 @@ def _required(values: flags.FlagValues, name: str) -> Any:
 
 
 def _run(verb: Verb, values: flags.FlagValues, words: list[str]) -> int:
+    from pspnet_jax import programs
     from pspnet_jax.checkpoint import CorruptCheckpointError
     from pspnet_jax.metric_writer import log, log_to
 
     log_to(None)
+    programs.keep()
     try:
         verb.run(values, words)
     except flags.ValidationError as error:

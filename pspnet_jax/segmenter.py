@@ -18,12 +18,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Float32
 
-from pspnet_jax import canvas as canvas_module
-from pspnet_jax import parallel, protocols, stream, windows
+from pspnet_jax import parallel, passes, protocols, stream, windows
 from pspnet_jax.arrays import (
     AnyArray,
     AnyImage,
@@ -34,15 +32,14 @@ from pspnet_jax.arrays import (
     RawImage,
     RawImages,
 )
-from pspnet_jax.canvas import AxisTaps, Tile, Wanted
+from pspnet_jax.canvas import Wanted
 from pspnet_jax.catalog import LabelSet
 from pspnet_jax.checkpoint import CheckpointFolder, Tree, check_same_shapes
-from pspnet_jax.models.layers import NoRandomNumbers
-from pspnet_jax.models.pspnet import FAMILIES, ModelOptions, Normalization, PSPNet
+from pspnet_jax.models.convolution import Platform
+from pspnet_jax.models.pspnet import FAMILIES, ModelOptions, Normalization
+from pspnet_jax.passes import Network
 from pspnet_jax.protocols import Protocol
-from pspnet_jax.resample import Maps, resize
 from pspnet_jax.stream import NetworkRule
-from pspnet_jax.train_step import normalize, split_model
 
 FORMAT = 1
 """Of the description in checkpoints; counts up when an old one cannot be read any more."""
@@ -56,6 +53,11 @@ class Description:
     label_set: LabelSet
     normalization: Normalization
     protocol: Protocol
+
+    def network(self, *, platform: Platform = None) -> Network:
+        """What it computes, on a platform (None: anywhere)."""
+        num_classes = self.label_set.num_classes
+        return Network(self.model, num_classes, self.normalization, platform)
 
     def to_json(self) -> str:
         return json.dumps(
@@ -115,6 +117,7 @@ class Segmenter:
         self.description, self.provenance = description, provenance
         self.label_set, self.protocol = description.label_set, description.protocol
         self._mesh = parallel.make_mesh(jax.local_devices()) if mesh is None else mesh
+        self._network = description.network(platform=parallel.platform_of(self._mesh))
         everywhere = parallel.replicated(self._mesh)
         self._state = jax.device_put((params, batch_stats), everywhere)
 
@@ -122,7 +125,7 @@ class Segmenter:
         self, images: RawImages | Images
     ) -> Float32[jax.Array, "batch height width classes"]:
         """Class scores at input size. uint8 images are raw RGB, floating ones already normalized."""
-        return _logits(*self._state, self._place(images), description=self.description)
+        return passes.logits(*self._state, self._place(images), network=self._network)
 
     def probabilities(
         self,
@@ -193,7 +196,7 @@ class Segmenter:
         chosen = protocol or self.protocol
         check_passes(batch_size, canvas_gib)
         tile = functools.partial(
-            _make_tile,
+            passes.make_tile,
             of_logits=chosen.rules.averages == "logits",
             wanted=Wanted(confidence, entropy, probabilities),
             mesh=self._mesh,
@@ -209,7 +212,7 @@ class Segmenter:
             num_lanes=self._mesh.size,
             batch_size=batch_size,
             score=self._score,
-            stack=functools.partial(_stack_scores, mesh=self._mesh),
+            stack=functools.partial(passes.stack_scores, mesh=self._mesh),
             tile=tile,
         )
 
@@ -238,11 +241,11 @@ class Segmenter:
         shape = (self._mesh.size, rows, columns, num_classes)
 
         def add(canvas: jax.Array, batch: AnyArray, places: AnyArray, counts: AnyArray):
-            return _add_windows(
+            return passes.add_windows(
                 *self._state,
                 canvas,
                 *map(self._split, (batch, places, counts)),
-                description=self.description,
+                network=self._network,
                 averages=rules.averages,
                 flip=protocol.flip,
                 mesh=self._mesh,
@@ -266,7 +269,7 @@ class Segmenter:
         after = (family.padded(height) - height, family.padded(width) - width)
         padded = np.pad(images, ((0, 0), (0, after[0]), (0, after[1]), (0, 0)))
         size = np.array([height, width], np.int32)
-        return _head_scores(*self._state, self._split(padded), size, description=self.description)
+        return passes.head_scores(*self._state, self._split(padded), size, network=self._network)
 
     @property
     def _resize_rule(self) -> str:
@@ -329,7 +332,7 @@ def read_checkpoint(path: str | Path, *, step: str | int) -> StoredModel:
     part = folder.load(number, "model")
     description = Description.from_json(part["description"])
     where = str(folder.folder(number))
-    _, params, batch_stats = structure(description)
+    _, params, batch_stats = passes.structure(description.network())
     wanted = {"params": params, "batch_stats": batch_stats}
     check_same_shapes({name: part[name] for name in wanted}, wanted, where=where)
     return StoredModel(description, part, number, folder.record(number).digests["model"])
@@ -340,7 +343,7 @@ def logits_function(stored: StoredModel) -> Callable[[RawImages], Logits]:
     params, batch_stats = stored.part["params"], stored.part["batch_stats"]
 
     def logits_of(images: RawImages) -> Logits:
-        return _logits(params, batch_stats, images, description=stored.description)
+        return passes.logits(params, batch_stats, images, network=stored.description.network())
 
     return logits_of
 
@@ -384,127 +387,6 @@ def _checked(image: np.ndarray) -> AnyImage:
     return image
 
 
-@functools.lru_cache(maxsize=16)
-def structure(description: Description) -> tuple[nnx.GraphDef, Tree, Tree]:
-    """The definition of a network with the shapes of its parameters and statistics, without values."""
-    num_classes = description.label_set.num_classes
-    model = nnx.eval_shape(lambda: PSPNet(description.model, num_classes, rng=NoRandomNumbers()))
-    return split_model(model)
-
-
 def model_part(description: Description, params: Tree, batch_stats: Tree) -> Tree:
     """What a checkpoint's `model` part holds."""
     return {"params": params, "batch_stats": batch_stats, "description": description.to_json()}
-
-
-# Compiled once for each description, protocol and image size, whichever segmenter asks: evaluations
-# during training share their compilations.
-
-
-def _scores_of(
-    params: Tree, batch_stats: Tree, images: Images, *, description: Description
-) -> Maps:
-    """Logits of normalized images of a size that the network takes, at its own resolution."""
-    model = nnx.merge(structure(description)[0], params, batch_stats)
-    return model(images, train=False).logits
-
-
-def _logits_of(
-    params: Tree, batch_stats: Tree, images: Images, *, description: Description
-) -> Logits:
-    """Logits of normalized images, at their own size."""
-    height, width = images.shape[1:3]
-    family = FAMILIES[description.model.family]
-    padded = (family.padded(height), family.padded(width))
-    # Normalized, the mean color is 0.
-    images = jnp.pad(images, ((0, 0), (0, padded[0] - height), (0, padded[1] - width), (0, 0)))
-    scores = _scores_of(params, batch_stats, images, description=description)
-    resized = resize(scores, padded, align_corners=description.model.align_corners)
-    return resized[:, :height, :width]
-
-
-def _normalized(images: RawImages | Images, description: Description) -> Images:
-    if images.dtype != jnp.uint8:
-        return images
-    return normalize(images, description.normalization, dtype=jnp.float32)
-
-
-@functools.partial(jax.jit, static_argnames="description")
-def _logits(params: Tree, batch_stats: Tree, images, *, description: Description) -> Logits:
-    return _logits_of(
-        params, batch_stats, _normalized(images, description), description=description
-    )
-
-
-@functools.partial(jax.jit, static_argnames="description")
-def _head_scores(
-    params: Tree, batch_stats: Tree, images, size, *, description: Description
-) -> Maps:
-    """Of raw images that are larger than `size` = (height, width): what lies beyond is the mean color."""
-    images = normalize(images, description.normalization, dtype=jnp.float32)
-    rows = jax.lax.broadcasted_iota(jnp.int32, images.shape, 1)
-    columns = jax.lax.broadcasted_iota(jnp.int32, images.shape, 2)
-    images = jnp.where((rows < size[0]) & (columns < size[1]), images, 0)
-    scores = _scores_of(params, batch_stats, images, description=description)
-    return scores.astype(jnp.float32)
-
-
-# The batch is split over the devices, each of which works on a lane of its own.
-_REPLICATED, _LANES = PartitionSpec(), PartitionSpec("data")
-
-
-@functools.partial(
-    jax.jit, static_argnames=("description", "averages", "flip", "mesh"), donate_argnums=2
-)
-def _add_windows(
-    params: Tree,
-    batch_stats: Tree,
-    canvas,
-    crops,
-    places,
-    counts,
-    *,
-    description: Description,
-    averages: str,
-    flip: bool,
-    mesh: Mesh,
-):
-    """Crops of resized images (RGB 0 .. 255, but no whole numbers any more) through the network."""
-    logits_of = functools.partial(_logits_of, description=description)
-
-    def lane(params, batch_stats, canvas, crops, places, counts):
-        images = normalize(crops, description.normalization, dtype=jnp.float32)
-        scores = canvas_module.window_scores(
-            functools.partial(logits_of, params, batch_stats), images, averages=averages, flip=flip
-        )
-        return canvas_module.add_windows(canvas[0], scores, places, counts[0])[None]
-
-    specs = (_REPLICATED, _REPLICATED, _LANES, _LANES, _LANES, _LANES)
-    mapped = jax.shard_map(lane, mesh=mesh, in_specs=specs, out_specs=_LANES, check_vma=False)
-    return mapped(params, batch_stats, canvas, crops, places, counts)
-
-
-@functools.partial(jax.jit, static_argnames="mesh")
-def _stack_scores(scores, *, mesh: Mesh):
-    def lane(scores):
-        return canvas_module.stack_scores(scores)[None]
-
-    return jax.shard_map(lane, mesh=mesh, in_specs=(_LANES,), out_specs=_LANES, check_vma=False)(
-        scores
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("of_logits", "wanted", "mesh"))
-def _make_tile(
-    canvas, rows: AxisTaps, columns: AxisTaps, *, of_logits: bool, wanted: Wanted, mesh: Mesh
-) -> Tile:
-    def lane(canvas, rows, columns):
-        first = functools.partial(jax.tree.map, lambda x: x[0])
-        tile = canvas_module.make_tile(
-            canvas[0], first(rows), first(columns), of_logits=of_logits, wanted=wanted
-        )
-        return jax.tree.map(lambda x: x[None], tile)
-
-    specs = (_LANES, _LANES, _LANES)
-    mapped = jax.shard_map(lane, mesh=mesh, in_specs=specs, out_specs=_LANES, check_vma=False)
-    return mapped(canvas, rows, columns)

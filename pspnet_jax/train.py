@@ -350,13 +350,16 @@ def compose(config: ConfigDict, workdir: Path) -> Run:
 
     source = evaluate.open_split(config.data, split=config.data.train_split, label_set=label_set)
     validation = evaluate.open_split(config.data, split=config.evaluate.split, label_set=label_set)
-    model = PSPNet(options, label_set.num_classes, rng=np.random.default_rng(config.seed))
+    platform = parallel.platform_of(mesh)
+    model = PSPNet(
+        options, label_set.num_classes, rng=np.random.default_rng(config.seed), platform=platform
+    )
     schedule, optimizer = _make_optimizer(config)
     step = make_train_step(
         model,
         optimizer,
         schedule,
-        loss=_loss_options(config, label_set),
+        loss=_loss_options(config, label_set, num_devices=mesh.size),
         accumulate_steps=config.train.accumulate_steps,
         seed=config.seed,
     )
@@ -412,7 +415,7 @@ def _resolve_model(config: ConfigDict) -> ModelOptions:
     return dataclasses.replace(options, aux_heads=tuple(heads))
 
 
-def _loss_options(config: ConfigDict, label_set: LabelSet) -> LossOptions:
+def _loss_options(config: ConfigDict, label_set: LabelSet, *, num_devices: int) -> LossOptions:
     options, num_parts = config.loss, config.train.accumulate_steps
     weights = options.class_weights
     if weights is not None and len(weights) != label_set.num_classes:
@@ -432,6 +435,7 @@ def _loss_options(config: ConfigDict, label_set: LabelSet) -> LossOptions:
         )
     values = {field.name: options[field.name] for field in dataclasses.fields(LossOptions)}
     values["class_weights"] = None if weights is None else tuple(map(float, weights))
+    values["tile_mib"] = options.tile_mib * num_devices
     return LossOptions(**values)
 
 

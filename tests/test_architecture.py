@@ -22,11 +22,12 @@ LAYERS = [
         "config",
         "checkpoint",
         "metric_writer",
+        "programs",
         "weights/",
     ],
     ["data/", "models/", "losses", "optimizer", "metrics", "parallel", "visualize"],
     ["train_step", "protocols", "windows", "canvas", "stream"],
-    ["segmenter"],
+    ["passes", "segmenter"],
     [
         "report_text",
         "report_html",

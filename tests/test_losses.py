@@ -1,5 +1,7 @@
 """Cross-entropy against hand-worked values; what ignored pixels may not do."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from pspnet_jax.losses import (
     presence_loss,
     presence_of,
     segmentation_loss,
+    stretched_cross_entropy,
     thin_out,
 )
 from pspnet_jax.resample import resize
@@ -275,3 +278,59 @@ def test_losses_of_parts_add_up_to_that_of_the_batch(resolution, normalizer):
     whole = losses(slice(None))
     parts = losses(slice(0, 4, 2), labels) + losses(slice(1, 4, 2), labels)
     np.testing.assert_allclose(parts, whole, rtol=1e-6)
+
+
+TILED = {  # options, align_corners, platform, rows of a tile (5 do not divide the 17 there are)
+    "published": ({"aux_weight": 0.4}, True, "cpu", 5),
+    "smoothed": ({"label_smoothing": 0.1, "class_weights": (1.0, 2.0, 0.5)}, False, None, 5),
+    "hardest": ({"ohem_threshold": 0.3, "ohem_share_min": 0.2}, True, None, 1),
+    "all": ({"normalizer": "all", "class_weights": (1.0, 2.0, 0.5)}, False, "cpu", 5),
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "align_corners", "platform", "num_rows"), TILED.values(), ids=TILED
+)
+def test_tiles_give_what_all_logits_at_once_give(options, align_corners, platform, num_rows):
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        logits = jnp.asarray(3 * rng.standard_normal((2, 4, 3, 3)))
+        labels = jnp.asarray(rng.choice([0, 1, 2, IGNORE_LABEL], (2, 17, 9)), jnp.uint8)
+        of_batch = jnp.concatenate([labels, labels[:, ::-1]])
+        of_batch = None if options.get("ohem_threshold") else of_batch
+        tile_mib = 2 * num_rows * 9 * 3 * 8 / 2**20
+
+        @functools.partial(
+            jax.jit,
+            static_argnames=("tile_mib", "platform"),
+            compiler_options={"xla_backend_optimization_level": 0},
+        )
+        def differentiate(logits, tile_mib, platform):
+            def loss(logits):
+                return stretched_cross_entropy(
+                    logits,
+                    labels,
+                    LossOptions(**options, tile_mib=tile_mib),
+                    align_corners=align_corners,
+                    of_batch=of_batch,
+                    platform=platform,
+                )
+
+            return jax.value_and_grad(loss)(logits)
+
+        found = differentiate(logits, tile_mib, platform)
+        expected = differentiate(logits, None, None)
+    for value, golden in zip(found, expected, strict=True):
+        np.testing.assert_allclose(value, golden, rtol=0, atol=1e-12 * np.abs(golden).max())
+
+
+def test_tiles_are_all_that_is_stretched():
+    logits, labels = jnp.zeros((2, 4, 4, 3)), jnp.zeros((2, 25, 25), jnp.uint8)
+
+    def program(tile_mib):
+        options = LossOptions(tile_mib=tile_mib)
+        loss = functools.partial(stretched_cross_entropy, align_corners=True)
+        return str(jax.make_jaxpr(jax.grad(lambda x: loss(x, labels, options)))(logits))
+
+    assert "[2,25,25,3]" in program(None)
+    assert "[2,25,25,3]" not in program(5 * 2 * 25 * 3 * 4 / 2**20)

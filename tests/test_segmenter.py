@@ -13,7 +13,7 @@ import pytest
 import semseg_protocol
 from compiling import compilations
 
-from pspnet_jax import load
+from pspnet_jax import load, passes
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.checkpoint import CheckpointFolder
 from pspnet_jax.models.pspnet import IMAGENET_8BIT
@@ -22,9 +22,6 @@ from pspnet_jax.segmenter import (
     Description,
     Provenance,
     Segmenter,
-    _add_windows,
-    _head_scores,
-    _make_tile,
     model_part,
 )
 from pspnet_jax.train_step import split_model
@@ -142,11 +139,11 @@ def logits_of(segmenter):
 def head_of(segmenter):
     """Logits at the network's own resolution."""
     return lambda images: np.asarray(
-        _head_scores(
+        passes.head_scores(
             *segmenter._state,
             np.float32(images * plain_protocols.STD + plain_protocols.MEAN),
             np.array(images.shape[1:3], np.int32),
-            description=segmenter.description,
+            network=segmenter.description.network(),
         ),
         np.float64,
     )
@@ -240,7 +237,7 @@ def test_two_segmenters_share_their_compilations(segmenter):
     semseg = segmenter.choose_protocol("semseg", crop_size=(33, 41), base_size=64)
     _, params, batch_stats = split_model(network(CAMVID.num_classes, seed=3))
     other = Segmenter(DESCRIPTION, params, batch_stats, provenance=Provenance("memory", 1, ""))
-    counted = (_head_scores, _add_windows, _make_tile)
+    counted = (passes.head_scores, passes.add_windows, passes.make_tile)
     counts = []
     for each in (segmenter, other):
         for protocol in (None, semseg):

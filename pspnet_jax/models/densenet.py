@@ -24,6 +24,7 @@ from pspnet_jax.models.layers import (
     Initializer,
     RandomNumbers,
     average_pool,
+    conv_norm,
     run,
 )
 from pspnet_jax.models.resnet import BackboneFeatures, PlainStem
@@ -42,8 +43,8 @@ class DenseLayer(nnx.Module):
         self.conv2 = conv(BOTTLENECK * growth, growth, 3, rng=rng)
 
     def __call__(self, x: Features, *, train: bool) -> Features:
-        x = self.conv1(jax.nn.relu(self.norm1(x, train=train)))
-        return self.conv2(jax.nn.relu(self.norm2(x, train=train)))
+        x = jax.nn.relu(self.norm1(x, train=train))
+        return self.conv2(jax.nn.relu(conv_norm(self.conv1, self.norm2, x, train=train)))
 
 
 class Transition(nnx.Module):

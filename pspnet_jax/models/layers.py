@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from pspnet_jax.arrays import Features
-from pspnet_jax.models.convolution import Platform, convolve
+from pspnet_jax.models.convolution import Kernel, Platform, convolve
 from pspnet_jax.resample import Pair
 
 Vectors = Float[jax.Array, "batch _channels"]
@@ -70,6 +70,13 @@ TORCH_DEFAULT = Initializer(
 """Uniform within 1 / sqrt(fan_in), kernel and bias: what PyTorch gives a layer unasked."""
 
 
+class ConvWeights(NamedTuple):
+    """Of one convolution, in float32 or more."""
+
+    kernel: Kernel
+    bias: Float[jax.Array, "out_channels"] | None
+
+
 class Conv(nnx.Module):
     """A convolution with a square kernel."""
 
@@ -95,13 +102,27 @@ class Conv(nnx.Module):
         self.platform = platform
 
     def __call__(self, x: Features) -> Features:
-        kernel = self.kernel[...].astype(self.dtype)
-        rates = {"stride": self.stride, "dilation": self.dilation}
-        y = convolve(x.astype(self.dtype), kernel, **rates, platform=self.platform)
-        return self.add_bias(y)
+        return self.apply(x, self.weights())
 
-    def add_bias(self, y: Features) -> Features:
-        return y if self.bias is None else y + _per_channel(self.bias[...].astype(self.dtype))
+    def weights(self) -> ConvWeights:
+        return ConvWeights(self.kernel[...], None if self.bias is None else self.bias[...])
+
+    def apply(self, x: Features, weights: ConvWeights) -> Features:
+        """With other weights than its own."""
+        kernel = weights.kernel.astype(self.dtype)
+        y = convolve(
+            x.astype(self.dtype),
+            kernel,
+            stride=self.stride,
+            dilation=self.dilation,
+            platform=self.platform,
+        )
+        return add_bias(y, weights.bias)
+
+
+def add_bias(y: Features, bias: jax.Array | None) -> Features:
+    """In the dtype of `y`."""
+    return y if bias is None else y + _per_channel(bias.astype(y.dtype))
 
 
 class Linear(nnx.Module):
@@ -152,9 +173,13 @@ class BatchNorm(nnx.Module):
         self.variance = nnx.BatchStat(jnp.ones(channels))
         self.momentum, self.epsilon, self.frozen = momentum, epsilon, frozen
 
+    def takes_statistics(self, *, train: bool) -> bool:
+        """Whether it normalizes by the batch, not by its running values."""
+        return train and not self.frozen
+
     def __call__(self, x: Features, *, train: bool) -> Features:
         wide = jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
-        if train and not self.frozen:
+        if self.takes_statistics(train=train):
             mean, variance = self._batch_statistics(wide)
         else:
             mean, variance = self.mean[...], self.variance[...]
@@ -180,6 +205,27 @@ class BatchNorm(nnx.Module):
         old = running[...]
         moved = old + self.momentum * (jax.lax.stop_gradient(value) - old)
         running[...] = moved.astype(old.dtype)
+
+
+def conv_norm(conv: Conv, norm: BatchNorm, x: Features, *, train: bool) -> Features:
+    """norm(conv(x)), as one convolution with a bias where that is faster (`weights_with`)."""
+    weights = weights_with(norm, conv, train=train)
+    return norm(conv(x), train=train) if weights is None else conv.apply(x, weights)
+
+
+def weights_with(norm: BatchNorm, conv: Conv, *, train: bool) -> ConvWeights | None:
+    """Weights of the convolution that does what `conv` and `norm` after it do; None where they are faster
+    apart or where the norm takes its statistics from the batch.
+
+    On GPUs a convolution, its bias, the shortcut and ReLU are one call of cuDNN, and a norm between them is
+    not; on CPUs a norm costs what the bias costs.
+    """
+    if conv.platform != "gpu" or norm.takes_statistics(train=train):
+        return None
+    scale = norm.scale[...] * jax.lax.rsqrt(norm.variance[...] + norm.epsilon)
+    kernel, bias = conv.weights()
+    shift = -norm.mean[...] if bias is None else bias - norm.mean[...]
+    return ConvWeights(kernel * _per_channel(scale), shift * scale + norm.bias[...])
 
 
 class PReLU(nnx.Module):
@@ -234,17 +280,15 @@ def _max_pool_forward(x: Features, size: Pair):
     again: where XLA computes `x` twice, rounded otherwise, it would not be found)."""
     sides = [(side + 1) // 2 for side in size]
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
-    largest, place = None, None
-    for k in range(9):
-        rows, columns = (
-            slice(tap, tap + 2 * side - 1, 2) for tap, side in zip(divmod(k, 3), sides, strict=True)
-        )
-        pixel = padded[:, rows, columns]
-        if largest is None:
-            largest, place = pixel, jnp.zeros(pixel.shape, jnp.uint8)
-        else:
-            place = jnp.where(pixel > largest, jnp.uint8(k), place)
-            largest = jnp.maximum(largest, pixel)
+    pixels = [
+        padded[:, row : row + 2 * sides[0] - 1 : 2, column : column + 2 * sides[1] - 1 : 2]
+        for row in range(3)
+        for column in range(3)
+    ]
+    largest, place = pixels[0], jnp.zeros(pixels[0].shape, jnp.uint8)
+    for k, pixel in enumerate(pixels[1:], start=1):
+        place = jnp.where(pixel > largest, jnp.uint8(k), place)
+        largest = jnp.maximum(largest, pixel)
     return largest, place
 
 

@@ -29,9 +29,13 @@ from pspnet_jax.models.layers import (
     BatchNorm,
     ChannelDropout,
     Conv,
+    ConvWeights,
     Linear,
     PReLU,
     RandomNumbers,
+    add_bias,
+    conv_norm,
+    weights_with,
 )
 from pspnet_jax.resample import (
     Pair,
@@ -71,7 +75,7 @@ class Pyramid:
     align_corners: bool = True
 
 
-def fuse(pyramid: Pyramid, conv: Conv) -> Features:
+def fuse(pyramid: Pyramid, conv: Conv, weights: ConvWeights | None = None) -> Features:
     """The convolution of the map and its stretched levels, concatenated; neither is ever built.
 
     Stretching is U p U^T with a constant matrix U, and convolution is linear, so that
@@ -86,12 +90,14 @@ def fuse(pyramid: Pyramid, conv: Conv) -> Features:
     Args:
         pyramid: with as many channels in all as the kernel has inputs.
         conv: an odd kernel size, stride 1, no dilation.
+        weights: other ones than those of `conv`.
 
     Returns:
         [batch, height, width, out_channels] in the dtype of `conv`; what the levels add is summed in
         float32 (float64 where that is computed in) before it is rounded.
     """
-    kernel, dtype = conv.kernel[...].astype(conv.dtype), conv.dtype
+    weights, dtype = weights or conv.weights(), conv.dtype
+    kernel = weights.kernel.astype(dtype)
     num_levels = len(pyramid.levels)
     parts = [*pyramid.levels]
     parts.insert(0 if pyramid.map_first else num_levels, pyramid.map)
@@ -107,7 +113,7 @@ def fuse(pyramid: Pyramid, conv: Conv) -> Features:
         size = (y.shape[1], y.shape[2])
         share = _convolve_stretched(levels, kernels, size, align_corners=pyramid.align_corners)
         y = (y.astype(wide) + share).astype(dtype)
-    return conv.add_bias(y)
+    return add_bias(y, weights.bias)
 
 
 def _convolve_stretched(
@@ -149,8 +155,9 @@ class PyramidLevel(nnx.Module):
         self.norm = None if linear else norm(out_channels)
 
     def __call__(self, x: Features, *, train: bool) -> Features:
-        x = self.conv(x)
-        return x if self.norm is None else jax.nn.relu(self.norm(x, train=train))
+        if self.norm is None:
+            return self.conv(x)
+        return jax.nn.relu(conv_norm(self.conv, self.norm, x, train=train))
 
 
 class PyramidPooling(nnx.Module):
@@ -228,7 +235,9 @@ class ClassifierHead(nnx.Module):
         self.classifier = conv(hidden_channels, num_classes, 1, use_bias=True, rng=rng)
 
     def __call__(self, pyramid: Pyramid, *, train: bool, key: jax.Array | None) -> Logits:
-        x = jax.nn.relu(self.norm(fuse(pyramid, self.conv), train=train))
+        weights = weights_with(self.norm, self.conv, train=train)
+        x = fuse(pyramid, self.conv, weights)
+        x = jax.nn.relu(self.norm(x, train=train) if weights is None else x)
         return self.classifier(self.dropout(x, train=train, key=key))
 
 
@@ -243,8 +252,8 @@ class UpsampleBlock(nnx.Module):
 
     def __call__(self, x: Features, *, train: bool) -> Features:
         size = (2 * x.shape[1], 2 * x.shape[2])
-        x = self.conv(resize(x, size, align_corners=self.align_corners))
-        return self.activation(self.norm(x, train=train))
+        x = resize(x, size, align_corners=self.align_corners, platform=self.conv.platform)
+        return self.activation(conv_norm(self.conv, self.norm, x, train=train))
 
 
 class ProgressiveHead(nnx.Module):

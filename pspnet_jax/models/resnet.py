@@ -24,6 +24,7 @@ from pspnet_jax.models.layers import (
     Conv,
     Initializer,
     RandomNumbers,
+    conv_norm,
     max_pool,
     run,
 )
@@ -54,8 +55,8 @@ class BasicBlock(nnx.Module):
         self.shortcut = _shortcut(in_channels, planes, stride=stride, conv=conv, norm=norm, rng=rng)
 
     def __call__(self, x: Features, *, train: bool) -> Features:
-        y = jax.nn.relu(self.norm1(self.conv1(x), train=train))
-        y = self.norm2(self.conv2(y), train=train)
+        y = jax.nn.relu(conv_norm(self.conv1, self.norm1, x, train=train))
+        y = conv_norm(self.conv2, self.norm2, y, train=train)
         return jax.nn.relu(y + _identity_or(self.shortcut, x, train=train))
 
 
@@ -79,9 +80,9 @@ class Bottleneck(nnx.Module):
         )
 
     def __call__(self, x: Features, *, train: bool) -> Features:
-        y = jax.nn.relu(self.norm1(self.conv1(x), train=train))
-        y = jax.nn.relu(self.norm2(self.conv2(y), train=train))
-        y = self.norm3(self.conv3(y), train=train)
+        y = jax.nn.relu(conv_norm(self.conv1, self.norm1, x, train=train))
+        y = jax.nn.relu(conv_norm(self.conv2, self.norm2, y, train=train))
+        y = conv_norm(self.conv3, self.norm3, y, train=train)
         return jax.nn.relu(y + _identity_or(self.shortcut, x, train=train))
 
 
@@ -93,7 +94,7 @@ class Projection(nnx.Module):
         self.norm = norm(out_channels)
 
     def __call__(self, x: Features, *, train: bool) -> Features:
-        return self.norm(self.conv(x), train=train)
+        return conv_norm(self.conv, self.norm, x, train=train)
 
 
 DEPTHS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
@@ -120,9 +121,9 @@ class DeepStem(nnx.Module):
         self.norm3 = norm(self.out_channels)
 
     def __call__(self, x: Features, *, train: bool) -> Features:
-        x = jax.nn.relu(self.norm1(self.conv1(x), train=train))
-        x = jax.nn.relu(self.norm2(self.conv2(x), train=train))
-        return max_pool(jax.nn.relu(self.norm3(self.conv3(x), train=train)))
+        x = jax.nn.relu(conv_norm(self.conv1, self.norm1, x, train=train))
+        x = jax.nn.relu(conv_norm(self.conv2, self.norm2, x, train=train))
+        return max_pool(jax.nn.relu(conv_norm(self.conv3, self.norm3, x, train=train)))
 
 
 class PlainStem(nnx.Module):
@@ -134,7 +135,7 @@ class PlainStem(nnx.Module):
         self.norm1 = norm(width)
 
     def __call__(self, x: Features, *, train: bool) -> Features:
-        return max_pool(jax.nn.relu(self.norm1(self.conv1(x), train=train)))
+        return max_pool(jax.nn.relu(conv_norm(self.conv1, self.norm1, x, train=train)))
 
 
 class ResNet(nnx.Module):

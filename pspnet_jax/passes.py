@@ -1,0 +1,157 @@
+"""The compiled passes of a network: images in, class scores, canvases and tiles out.
+
+* Pure functions of parameters and images, compiled once for each network, protocol and image size, whoever
+  asks: evaluations during training share their compilations.
+* A `Network` is plain data and holds no array.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+
+from pspnet_jax import canvas as canvas_module
+from pspnet_jax.arrays import Images, Logits, RawImages
+from pspnet_jax.canvas import AxisTaps, Tile, Wanted
+from pspnet_jax.checkpoint import Tree
+from pspnet_jax.models.convolution import Platform
+from pspnet_jax.models.layers import NoRandomNumbers
+from pspnet_jax.models.pspnet import FAMILIES, ModelOptions, Normalization, PSPNet
+from pspnet_jax.resample import Maps, resize
+from pspnet_jax.train_step import normalize, split_model
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a network computes, without its weights.
+
+    Args:
+        platform: where it will run, 'cpu', 'gpu' or 'tpu'; None: anywhere (see `PSPNet`).
+    """
+
+    model: ModelOptions
+    num_classes: int
+    normalization: Normalization
+    platform: Platform = None
+
+
+@functools.lru_cache(maxsize=16)
+def structure(network: Network) -> tuple[nnx.GraphDef, Tree, Tree]:
+    """Its definition, with the shapes of its parameters and statistics instead of values."""
+
+    def make() -> PSPNet:
+        rng, platform = NoRandomNumbers(), network.platform
+        return PSPNet(network.model, network.num_classes, rng=rng, platform=platform)
+
+    return split_model(nnx.eval_shape(make))
+
+
+def _scores_of(params: Tree, batch_stats: Tree, images: Images, *, network: Network) -> Maps:
+    """Logits of normalized images of a size that the network takes, at its own resolution."""
+    model = nnx.merge(structure(network)[0], params, batch_stats)
+    return model(images, train=False).logits
+
+
+def _logits_of(params: Tree, batch_stats: Tree, images: Images, *, network: Network) -> Logits:
+    """Logits of normalized images, at their own size."""
+    height, width = images.shape[1:3]
+    family = FAMILIES[network.model.family]
+    padded = (family.padded(height), family.padded(width))
+    # Normalized, the mean color is 0.
+    images = jnp.pad(images, ((0, 0), (0, padded[0] - height), (0, padded[1] - width), (0, 0)))
+    scores = _scores_of(params, batch_stats, images, network=network)
+    resized = resize(
+        scores, padded, align_corners=network.model.align_corners, platform=network.platform
+    )
+    return resized[:, :height, :width]
+
+
+def _normalized(images: RawImages | Images, network: Network) -> Images:
+    if images.dtype != jnp.uint8:
+        return images
+    return normalize(images, network.normalization, dtype=jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames="network")
+def logits(params: Tree, batch_stats: Tree, images, *, network: Network) -> Logits:
+    """Of images at their own size; uint8 ones are raw RGB, floating ones normalized."""
+    return _logits_of(params, batch_stats, _normalized(images, network), network=network)
+
+
+@functools.partial(jax.jit, static_argnames="network")
+def head_scores(params: Tree, batch_stats: Tree, images, size, *, network: Network) -> Maps:
+    """Of raw images that are larger than `size` = (height, width): what lies beyond is the mean color."""
+    images = normalize(images, network.normalization, dtype=jnp.float32)
+    rows = jax.lax.broadcasted_iota(jnp.int32, images.shape, 1)
+    columns = jax.lax.broadcasted_iota(jnp.int32, images.shape, 2)
+    images = jnp.where((rows < size[0]) & (columns < size[1]), images, 0)
+    scores = _scores_of(params, batch_stats, images, network=network)
+    return scores.astype(jnp.float32)
+
+
+# The batch is split over the devices, each of which works on a lane of its own.
+_REPLICATED, _LANES = PartitionSpec(), PartitionSpec("data")
+
+
+@functools.partial(
+    jax.jit, static_argnames=("network", "averages", "flip", "mesh"), donate_argnums=2
+)
+def add_windows(
+    params: Tree,
+    batch_stats: Tree,
+    canvas,
+    crops,
+    places,
+    counts,
+    *,
+    network: Network,
+    averages: str,
+    flip: bool,
+    mesh: Mesh,
+):
+    """Crops of resized images (RGB 0 .. 255, but no whole numbers any more) through the network."""
+    logits_of = functools.partial(_logits_of, network=network)
+
+    def lane(params, batch_stats, canvas, crops, places, counts):
+        images = normalize(crops, network.normalization, dtype=jnp.float32)
+        scores = canvas_module.window_scores(
+            functools.partial(logits_of, params, batch_stats), images, averages=averages, flip=flip
+        )
+        return canvas_module.add_windows(canvas[0], scores, places, counts[0])[None]
+
+    specs = (_REPLICATED, _REPLICATED, _LANES, _LANES, _LANES, _LANES)
+    mapped = jax.shard_map(lane, mesh=mesh, in_specs=specs, out_specs=_LANES, check_vma=False)
+    return mapped(params, batch_stats, canvas, crops, places, counts)
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def stack_scores(scores, *, mesh: Mesh):
+    """`canvas.stack_scores` on each device."""
+
+    def lane(scores):
+        return canvas_module.stack_scores(scores)[None]
+
+    return jax.shard_map(lane, mesh=mesh, in_specs=(_LANES,), out_specs=_LANES, check_vma=False)(
+        scores
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("of_logits", "wanted", "mesh"))
+def make_tile(
+    canvas, rows: AxisTaps, columns: AxisTaps, *, of_logits: bool, wanted: Wanted, mesh: Mesh
+) -> Tile:
+    """`canvas.make_tile` on each device."""
+
+    def lane(canvas, rows, columns):
+        first = functools.partial(jax.tree.map, lambda x: x[0])
+        tile = canvas_module.make_tile(
+            canvas[0], first(rows), first(columns), of_logits=of_logits, wanted=wanted
+        )
+        return jax.tree.map(lambda x: x[None], tile)
+
+    specs = (_LANES, _LANES, _LANES)
+    mapped = jax.shard_map(lane, mesh=mesh, in_specs=specs, out_specs=_LANES, check_vma=False)
+    return mapped(canvas, rows, columns)

@@ -125,14 +125,14 @@ def compare(folder: Path, repeats: int) -> dict[str, dict[str, float]]:
     }
 
 
-def rate(folder: str, workers: int, num_batches: int) -> float:
-    """Images per second of whole batches, after the first ones."""
+def rate(folder: str, workers: int, num_batches: int, *, crop: tuple[int, int] = CROP) -> float:
+    """Images per second of whole batches of 16, after the first ones."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
     label_set = load_label_set("camvid")
     source = FolderSource(folder, layout="camvid", split="train", label_set=label_set)
     view = transforms.make_augment(
-        transforms.resolve({"recipe": "semseg"}), CROP, fill=(124, 116, 104)
+        transforms.resolve({"recipe": "semseg"}), crop, fill=(124, 116, 104)
     )
     batches = training_batches(
         source, view, global_batch_size=16, seed=0, first_step=0, num_workers=workers

@@ -1,0 +1,222 @@
+"""Our side of `benchmark.py`: the network of its device and the plain one, compiled for one shape."""
+
+import dataclasses
+import functools
+import importlib.metadata
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import benchmark_counts
+import jax
+import jax.numpy as jnp
+import numpy as np
+from benchmark_worker import SCALES, Prepared, Task, best_rate, random_batch, random_image
+from flax import nnx
+
+from pspnet_jax import parallel, protocols
+from pspnet_jax.arrays import Batch
+from pspnet_jax.catalog import load_label_set
+from pspnet_jax.config import default_config
+from pspnet_jax.losses import LossOptions
+from pspnet_jax.models.pspnet import FAMILIES, ModelOptions, PSPNet, is_head
+from pspnet_jax.optimizer import poly_schedule, sgd
+from pspnet_jax.resample import resize
+from pspnet_jax.segmenter import Description, Provenance, Segmenter
+from pspnet_jax.train_step import create_train_state, make_train_step, split_model
+
+OURS, PLAIN = "ours", "ours, plain"
+
+
+def prepare(task: Task) -> Prepared:
+    """By what the task asks for."""
+    return {
+        "forward": forward,
+        "training step": training_step,
+        "collectives": collectives,
+        "evaluation": evaluation,
+        "matrix product": matrix_product,
+        "data": data,
+        "counts": counts,
+    }[task.what](task)
+
+
+def make_options(task: Task) -> ModelOptions:
+    """The authors' network."""
+    given = {"family": "semseg", "backbone": task.backbone, "width": task.width}
+    return ModelOptions.resolve(given | {"dtype": task.dtype, "remat": False, "frozen_norm": False})
+
+
+def make_model(task: Task) -> PSPNet:
+    """With the operations of the device, or plain ones."""
+    rng = np.random.default_rng(0)
+    return PSPNet(make_options(task), task.num_classes, rng=rng, platform=platform_of(task))
+
+
+def platform_of(task: Task) -> str | None:
+    """Of the operations; None is the plain form of each."""
+    return None if task.column == PLAIN else task.platform
+
+
+def make_loss() -> LossOptions:
+    """The authors' losses, computed as training computes them by default."""
+    section = default_config().loss
+    names = {field.name for field in dataclasses.fields(LossOptions)} & set(section)
+    values = {name: section[name] for name in names}
+    return LossOptions(**values | {"aux_weight": 0.4, "presence_weight": 0.0})
+
+
+def forward(task: Task) -> Prepared:
+    """Normalized float32 images -> logits at image size."""
+    graphdef, params, batch_stats = split_model(make_model(task))
+    shape = (task.batch, task.crop, task.crop, 3)
+    images = jnp.asarray(np.random.default_rng(0).standard_normal(shape, dtype=np.float32))
+
+    def logits_of(params, batch_stats, images):
+        outputs = nnx.merge(graphdef, params, batch_stats)(images, train=False)
+        return resize(
+            outputs.logits, images.shape[1:3], align_corners=True, platform=platform_of(task)
+        )
+
+    arguments = (params, batch_stats, images)
+    compiled, facts = compile_(jax.jit(logits_of), *arguments)
+    return Prepared(
+        functools.partial(compiled, *arguments), jax.block_until_ready, lambda: facts | peak()
+    )
+
+
+def training_step(task: Task) -> Prepared:
+    """8-bit images and labels -> the next state: both losses, all gradients, SGD."""
+    step, state, batch = _step_and_arguments(task)
+    compiled, facts = compile_(jax.jit(step, donate_argnums=0), state, batch)
+
+    def call():
+        nonlocal state
+        state, metrics = compiled(state, batch)
+        return metrics
+
+    def all_facts() -> dict:
+        # Skipped steps above 0 mean that something is wrong.
+        return facts | peak() | {"skipped_steps": int(state.skipped_steps)}
+
+    return Prepared(call, jax.block_until_ready, all_facts)
+
+
+def collectives(task: Task) -> Prepared:
+    """The training step over `task.devices` devices, compiled and not run; what it exchanges."""
+    step, state, batch = _step_and_arguments(task)
+    mesh = parallel.make_mesh(jax.local_devices()[: task.devices])
+    everywhere = parallel.replicated(mesh)
+    shardings = (everywhere, parallel.split_batch(mesh))
+    jitted = jax.jit(step, in_shardings=shardings, out_shardings=everywhere, donate_argnums=0)
+    compiled, facts = compile_(jitted, state, batch)
+    facts["collectives"] = benchmark_counts.collective_bytes(compiled.as_text())
+    for name, tree in (("parameter", state.params), ("statistic", state.batch_stats)):
+        facts[f"{name}_bytes"] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return _nothing_to_run(facts)
+
+
+def evaluation(task: Task) -> Prepared:
+    """The class map of one image by the protocol `semseg` at six scales with mirror images."""
+    label_set = load_label_set(task.labels)
+    protocol = protocols.override(
+        protocols.choose("semseg", label_set),
+        scales=SCALES,
+        crop_size=(task.crop, task.crop),
+        base_size=task.base_size,
+    )
+    options = make_options(task)
+    normalization = FAMILIES[options.family].normalization
+    description = Description(options, label_set, normalization, protocol)
+    _, params, batch_stats = split_model(make_model(task))
+    segmenter = Segmenter(
+        description, params, batch_stats, provenance=Provenance("random weights", 0, "")
+    )
+    image = random_image(task)
+    return Prepared(lambda: segmenter.class_map(image), np.asarray, lambda: versions() | peak())
+
+
+def matrix_product(task: Task) -> Prepared:
+    """Floating-point operations a second of square products in the precision of the networks."""
+    rates = {}
+    for side in task.product_sides:
+        values = np.random.default_rng(0).standard_normal((2, side, side), dtype=np.float32)
+        a, b = jnp.asarray(values, task.dtype)
+        product = jax.jit(jnp.matmul).lower(a, b).compile()
+        rates[side] = best_rate(
+            functools.partial(product, a, b), jax.block_until_ready, 2 * side**3
+        )
+    return _nothing_to_run({"flops_per_second": rates} | versions())
+
+
+def data(task: Task) -> Prepared:
+    """Images a second of the input pipeline with 0 and 2 loader processes, in turns."""
+    import benchmark_data
+    import cv2
+
+    cv2.setNumThreads(1)
+    rates: dict[str, list[float]] = {"0": [], "2": []}
+    num_batches = 2 if task.crop < 100 else 20
+    with tempfile.TemporaryDirectory() as folder:
+        benchmark_data.paint(Path(folder), 32)
+        for _ in range(task.batch):
+            for workers, found in rates.items():
+                crop = (task.crop, task.crop)
+                found.append(benchmark_data.rate(folder, int(workers), num_batches, crop=crop))
+    return _nothing_to_run({"images_per_second": rates})
+
+
+def counts(task: Task) -> Prepared:
+    """Multiply-accumulates of the published network for one image, and the device."""
+    options = make_options(task)
+    macs, aux = benchmark_counts.network_macs(options, task.num_classes, task.crop)
+    return _nothing_to_run({"macs": macs, "aux_macs": aux} | versions())
+
+
+def compile_(function: Callable, *arguments: object) -> tuple[Callable, dict]:
+    """The compiled function, and what XLA says of it."""
+    start = time.perf_counter()
+    lowered = function.lower(*arguments)
+    compiled = lowered.compile()
+    facts = {"compile_seconds": time.perf_counter() - start} | versions()
+    plan = compiled.memory_analysis()
+    if plan is not None:
+        facts["temporary_bytes"] = plan.temp_size_in_bytes
+    facts["xla_flops"] = (compiled.cost_analysis() or {}).get("flops")
+    facts["traced_macs"] = benchmark_counts.program_macs(function, *arguments)
+    return compiled, facts
+
+
+def versions() -> dict:
+    """Of the libraries, and the name of the device."""
+    names = ("jax", "jaxlib", "flax", "optax")
+    return {
+        "versions": {name: importlib.metadata.version(name) for name in names},
+        "device": jax.local_devices()[0].device_kind,
+        "backend": jax.default_backend(),
+    }
+
+
+def peak() -> dict:
+    """The highest memory on an accelerator so far, bytes; of a CPU nothing is known here."""
+    found = jax.local_devices()[0].memory_stats() or {}
+    return {"device_bytes": found.get("peak_bytes_in_use")}
+
+
+def _step_and_arguments(task: Task) -> tuple[Callable, object, Batch]:
+    model = make_model(task)
+    schedule = poly_schedule(0.01, power=0.9, num_steps=100_000)
+    optimizer = sgd(
+        schedule, momentum=0.9, weight_decay=1e-4, head_multiplier=10.0, is_head=is_head
+    )
+    step = make_train_step(model, optimizer, schedule, loss=make_loss(), seed=0)
+    images, labels = random_batch(task)
+    index, valid = np.arange(task.batch, dtype=np.int32), np.ones(task.batch, bool)
+    batch = Batch(images, labels, index, valid)
+    state = create_train_state(model, optimizer)
+    return step, state, jax.device_put(batch) if task.devices == 1 else batch
+
+
+def _nothing_to_run(facts: dict) -> Prepared:
+    return Prepared(lambda: None, lambda result: None, lambda: facts)

@@ -157,16 +157,31 @@ class PixelScores(NamedTuple):
 
 
 def _pixel_scores(logits: Logits, labels: AnyLabels, options: LossOptions) -> PixelScores:
-    # A comparison instead of a gather: its gradient is elementwise, where a gather's is a scatter.
-    is_label = _is_label(labels, logits.shape[-1])
     mean = None
     if options.label_smoothing:
         mean = jnp.mean(logits * _class_factors(logits, options), axis=-1)
-    return PixelScores(
-        log_total=jax.nn.logsumexp(logits, axis=-1),
-        own=jnp.sum(jnp.where(is_label, logits, 0), axis=-1),
-        mean=mean,
-    )
+    return PixelScores(jax.nn.logsumexp(logits, axis=-1), _own(logits, labels), mean)
+
+
+@jax.custom_vjp
+def _own(logits: Logits, labels: AnyLabels) -> PixelWeights:
+    """The logit of each pixel's class; 0 where it is ignored. A gather, whose gradient would be a scatter:
+    it is a comparison instead."""
+    place = jnp.minimum(labels, logits.shape[-1] - 1).astype(jnp.int32)
+    own = jnp.take_along_axis(logits, place[..., None], axis=-1)[..., 0]
+    return jnp.where(labels == IGNORE_LABEL, 0, own)
+
+
+def _own_forward(logits: Logits, labels: AnyLabels):
+    return _own(logits, labels), (labels, logits[0, 0, 0])
+
+
+def _own_backward(saved, gradient: PixelWeights):
+    labels, like = saved
+    return jnp.where(_is_label(labels, like.size), gradient[..., None], 0), None
+
+
+_own.defvjp(_own_forward, _own_backward)
 
 
 def _mean_loss(

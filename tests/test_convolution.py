@@ -73,6 +73,17 @@ def test_forms_are_the_plain_convolution(form, size, dilation, height, width, dt
     assert_close(found, expected, relative=relative)
 
 
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_mirrored_winograd_is_the_gradient_of_the_map(dilation):
+    with jax.enable_x64(True):
+        x, gradient = drawn(2, 7, 9, 3, dtype="float64"), drawn(2, 7, 9, 4, dtype="float64", seed=2)
+        kernel = drawn(3, 3, 3, 4, dtype="float64", seed=1)
+        found = jit(lambda g: winograd(g, kernel, dilation, mirrored=True))(gradient)
+        _, transpose = jax.vjp(lambda x: direct(x, kernel, dilation), x)
+        expected = transpose(gradient)
+    assert_close([found], expected, relative=1e-10)
+
+
 CHOICES = {  # platform, channels in and out, kernel size, stride, dilation
     "winograd": ("cpu", (128, 130), 3, 1, 2),
     "winograd_for_the_kernel_alone": ("cpu", (64, 128), 3, 1, 1),

@@ -58,13 +58,17 @@ def _convolve_forward(x: Features, kernel: Kernel, dilation: int, platform: Plat
 
 
 def _convolve_backward(dilation: int, platform: Platform, saved, gradient: Features):
-    """Gradients of map and kernel. That of the map is a convolution, too: with the kernel mirrored, its
-    input and output channels swapped."""
-    x, kernel = saved
-    mirrored = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+    """Gradients of map and kernel."""
+    # Else XLA would keep what `winograd` makes of them in the forward pass: four times the map.
+    x, kernel = jax.lax.optimization_barrier(saved)
+    if _form_of_value(x, kernel, dilation, platform) is winograd:
+        of_map = winograd(gradient, kernel, dilation, mirrored=True)
+    else:
+        _, transpose = jax.vjp(lambda x: direct(x, kernel, dilation), x)
+        (of_map,) = transpose(gradient)
     form = _form_of_kernel_gradient(x, kernel, dilation, platform)
     _, transpose = jax.vjp(lambda kernel: form(x, kernel, dilation), kernel)
-    return _convolve(gradient, mirrored, dilation, platform), *transpose(gradient)
+    return of_map, *transpose(gradient)
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)
@@ -141,7 +145,7 @@ def batch_to_space(x: Parts, dilation: int, size: tuple[int, int]) -> Features:
     return x[:, : size[0], : size[1]]
 
 
-def winograd(x: Features, kernel: Kernel, dilation: int) -> Features:
+def winograd(x: Features, kernel: Kernel, dilation: int, *, mirrored: bool = False) -> Features:
     """A 3x3 convolution by Winograd's F(2x2, 3x3) (Lavin and Gray 2016): 16 multiplications make four
     results, instead of 36.
 
@@ -154,6 +158,10 @@ def winograd(x: Features, kernel: Kernel, dilation: int) -> Features:
 
     The same along the other axis makes 4 x 4 of them. Neighbors are `dilation` pixels apart, and each
     product is a matrix product over all tiles and channels.
+
+    `mirrored` is the transpose, which takes the gradient of the result to that of the map: a convolution by
+    the mirrored kernel (m0 and m3 change their taps), from its output channels to its input channels. They
+    are not swapped in memory, which took longer than the products.
     """
     batch, height, width, channels = x.shape
     rows, columns = (_num_tiles(side, dilation) for side in (height, width))
@@ -163,14 +171,19 @@ def winograd(x: Features, kernel: Kernel, dilation: int) -> Features:
     x = x.reshape(batch, rows + 1, 2, dilation, columns + 1, 2, dilation, channels)
     inputs = [_input_terms(part, axis=3) for part in _input_terms(x, axis=1)]
     taps = [_kernel_terms(part, axis=0) for part in _kernel_terms(kernel, axis=0)]
-    shape = (batch, rows, dilation, columns, dilation, kernel.shape[3])
+    order = (3, 1, 2, 0) if mirrored else (0, 1, 2, 3)
+    equation = "po,co->pc" if mirrored else "pc,co->po"
+    shape = (batch, rows, dilation, columns, dilation, kernel.shape[2 if mirrored else 3])
     products = [
-        [(d.reshape(-1, channels) @ g).reshape(shape) for d, g in zip(*row, strict=True)]
-        for row in zip(inputs, taps, strict=True)
+        [
+            jnp.einsum(equation, inputs[i][j].reshape(-1, channels), taps[k][m]).reshape(shape)
+            for j, m in enumerate(order)
+        ]
+        for i, k in enumerate(order)
     ]
     pairs = [jnp.stack(_results(row), axis=4) for row in products]
     y = jnp.stack(_results(pairs), axis=2)
-    y = y.reshape(batch, 2 * dilation * rows, 2 * dilation * columns, kernel.shape[3])
+    y = y.reshape(batch, 2 * dilation * rows, 2 * dilation * columns, shape[-1])
     return y[:, :height, :width]
 
 

@@ -93,6 +93,7 @@ class TrainingProgress:
     ):
         self._writer = writer
         self._num_steps, self._every, self._images = num_steps, log_every_steps, images_per_step
+        self._first_step = first_step
         self._last_step, self._last_time = first_step, time.monotonic()
         self._num_skipped = 0
 
@@ -103,16 +104,24 @@ class TrainingProgress:
         self._writer.close()
 
     def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
-        """Every `log_every_steps` steps and at the last: one row and one line."""
+        """Every `log_every_steps` steps and at the last: one row and one line.
+
+        The first step of a process compiles: it is timed by itself and counts in no rate.
+        """
+        if step == self._first_step + 1:
+            float(metrics["loss"])  # waits for the device
+            seconds = time.monotonic() - self._last_time
+            log.info("the first step took %.1f s, most of it to compile", seconds)
+            self._last_step, self._last_time = step, time.monotonic()
         if step % self._every != 0 and step != self._num_steps:
             return
         # Reading the values waits for the device, so the clock is read after them.
         scalars = {name: float(value) for name, value in metrics.items()}
-        steps_per_second = (step - self._last_step) / (time.monotonic() - self._last_time)
-        timing = {
-            "images_per_second": steps_per_second * self._images,
-            "seconds_left": (self._num_steps - step) / steps_per_second,
-        }
+        timing = {}
+        if step > self._last_step:
+            steps_per_second = (step - self._last_step) / (time.monotonic() - self._last_time)
+            timing["images_per_second"] = steps_per_second * self._images
+            timing["seconds_left"] = (self._num_steps - step) / steps_per_second
         self._writer.write(step, scalars, timing=timing)
         if scalars["skipped_steps"] > self._num_skipped:
             self._num_skipped = int(scalars["skipped_steps"])
@@ -226,18 +235,21 @@ class Progress:
 def progress_line(
     step: int, num_steps: int, scalars: Mapping[str, float], timing: Mapping[str, float]
 ) -> str:
-    """Step, losses, learning rate, images per second and time left, for people."""
+    """Step, losses, learning rate, images per second and time left (where known), for people."""
     parts = f"main {scalars['main_loss']:.4f}"
     if "aux_loss" in scalars:
         parts += f", aux {scalars['aux_loss']:.4f}"
     if "presence_loss" in scalars:
         parts += f", presence {scalars['presence_loss']:.4f}"
         parts += f" with accuracy {scalars['presence_accuracy']:.3f}"
-    return (
+    line = (
         f"step {step:>{len(str(num_steps))}}/{num_steps}  loss {scalars['loss']:.4f} ({parts})  "
-        f"learning rate {scalars['learning_rate']:.2e}  "
-        f"{timing['images_per_second']:.1f} images/s  {_duration(timing['seconds_left'])} left"
+        f"learning rate {scalars['learning_rate']:.2e}"
     )
+    if timing:
+        left = _duration(timing["seconds_left"])
+        line += f"  {timing['images_per_second']:.1f} images/s  {left} left"
+    return line
 
 
 def write_whole(path: Path, content: str | bytes | bytearray) -> None:

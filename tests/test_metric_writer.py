@@ -94,6 +94,21 @@ def clock(monkeypatch):
     return Clock(monkeypatch)
 
 
+def test_compilation_counts_in_no_rate(clock, tmp_path, caplog):
+    caplog.set_level("INFO", logger="pspnet_jax")
+    writer = MetricWriter(tmp_path, first_step=10)
+    options = {"first_step": 10, "num_steps": 12, "log_every_steps": 1, "images_per_step": 4}
+    names = ("loss", "main_loss", "learning_rate", "skipped_steps")
+    with TrainingProgress(writer, **options) as progress:
+        for step, seconds in ((11, 60.0), (12, 2.0)):
+            clock.now += seconds
+            progress.log(step, dict.fromkeys(names, 0.0))
+    assert "the first step took 60.0 s" in caplog.text
+    first, second = rows(tmp_path)
+    assert first["timing"] == {}
+    assert second["timing"]["images_per_second"] == 2.0
+
+
 def test_progress_in_a_file_is_a_line_every_15_seconds_and_one_at_the_end(clock, capsys):
     with Progress(100, "images of val") as progress:
         for _ in range(40):

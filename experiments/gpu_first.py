@@ -41,6 +41,7 @@ import numpy as np
 from flax import nnx
 
 from pspnet_jax.arrays import Batch
+from pspnet_jax.config import default_config
 from pspnet_jax.losses import LossOptions
 from pspnet_jax.models.convolution import batch_to_space, convolve, space_to_batch
 from pspnet_jax.models.pspnet import ModelOptions, PSPNet, is_head
@@ -413,27 +414,29 @@ def random_batch(sizes: Sizes, batch_size: int) -> tuple[np.ndarray, np.ndarray]
     return images, np.where(rng.random(shape) < 0.1, np.uint8(255), labels)
 
 
-def make_model(sizes: Sizes) -> PSPNet:
-    """The authors' network in bfloat16."""
+def make_model(sizes: Sizes, *, is_plain: bool) -> PSPNet:
+    """The authors' network in bfloat16, in the forms of this device or the plain ones."""
     given = {"family": "semseg", "backbone": sizes.backbone, "width": sizes.width}
     given |= {"dtype": "bfloat16", "remat": False, "frozen_norm": False}
     options = ModelOptions.resolve(dict.fromkeys(ModelOptions.__dataclass_fields__) | given)
-    return PSPNet(options, sizes.num_classes, rng=np.random.default_rng(0))
+    platform = None if is_plain else jax.default_backend()
+    return PSPNet(options, sizes.num_classes, rng=np.random.default_rng(0), platform=platform)
 
 
-def measure_network(sizes: Sizes, column: str) -> None:
+def measure_network(sizes: Sizes, column: str, *, is_plain: bool = False) -> None:
     """Rows of part 3 by JAX, from small to large: the peak of memory is that of the process."""
+    make = functools.partial(make_model, sizes, is_plain=is_plain)
     for batch_size in sizes.forward_batches:
         with recorded(3, f"forward, batch {batch_size}", column) as row:
-            row.update(images=batch_size, **_forward_of_jax(sizes, batch_size))
+            row.update(images=batch_size, **_forward_of_jax(make(), sizes, batch_size))
     for batch_size in sizes.step_batches:
         with recorded(3, f"training step, batch {batch_size}", column) as row:
-            row.update(images=batch_size, **_step_of_jax(sizes, batch_size))
+            row.update(images=batch_size, **_step_of_jax(make(), sizes, batch_size))
 
 
-def _forward_of_jax(sizes: Sizes, batch_size: int) -> dict[str, object]:
+def _forward_of_jax(model: PSPNet, sizes: Sizes, batch_size: int) -> dict[str, object]:
     """Normalized images -> logits at image size."""
-    graphdef, params, batch_stats = split_model(make_model(sizes))
+    graphdef, params, batch_stats = split_model(model)
     images = random_array((batch_size, sizes.crop, sizes.crop, 3), jnp.float32)
 
     def forward(params, batch_stats, images):
@@ -446,14 +449,14 @@ def _forward_of_jax(sizes: Sizes, batch_size: int) -> dict[str, object]:
     return {"seconds": seconds, **compilation, **_peak_of_jax()}
 
 
-def _step_of_jax(sizes: Sizes, batch_size: int) -> dict[str, object]:
+def _step_of_jax(model: PSPNet, sizes: Sizes, batch_size: int) -> dict[str, object]:
     """8-bit images and labels -> the next state: both losses, all gradients, SGD."""
-    model = make_model(sizes)
     schedule = poly_schedule(0.01, power=0.9, num_steps=100_000)
     optimizer = sgd(
         schedule, momentum=0.9, weight_decay=1e-4, head_multiplier=10.0, is_head=is_head
     )
-    step = make_train_step(model, optimizer, schedule, loss=LossOptions(aux_weight=0.4), seed=0)
+    loss = LossOptions(aux_weight=0.4, tile_mib=default_config().loss.tile_mib)
+    step = make_train_step(model, optimizer, schedule, loss=loss, seed=0)
     state = create_train_state(model, optimizer)
     images, labels = random_batch(sizes, batch_size)
     index, valid = np.arange(batch_size, dtype=np.int32), np.ones(batch_size, bool)
@@ -622,6 +625,9 @@ TASKS = {
     "network": _task(3, measure_network, "JAX", 0.4),
     "network-torch": Task(
         measure_network_torch, 0.4, ("PyTorch eager", "PyTorch compiled"), 3, needs_torch=True
+    ),
+    "network-plain": _task(
+        3, functools.partial(measure_network, is_plain=True), "JAX, plain forms", 0.3
     ),
     "pointwise": Task(measure_pointwise, 0.2, ("convolution", "einsum"), 2),
     "dilated-fusion": _task(1, measure_dilated, "JAX, conv fusion", 0.25, CONV_FUSION),

@@ -135,3 +135,16 @@ def test_metrics_are_compared_with_code_of_the_challenge(
     assert rows[1]["theirs"]["pixel_accuracy"] < 0.9
     assert (rows[1]["largest_difference"] > 1e-3) == differs
     assert "largest difference over 1 images and 4 rules" in capsys.readouterr().out
+
+
+def test_forms_of_an_operation_differ_by_rounding_alone(tmp_path, monkeypatch):
+    run_script("benchmark_forms", f"--output={tmp_path}", "--small", monkeypatch=monkeypatch)
+    rows = json.loads((tmp_path / "results.json").read_text())
+    forms = {row["operation"].split(",")[0]: set(row["forms"]) for row in rows}
+    assert forms["3x3"] == {"direct", "winograd", "interleaved"}
+    assert forms["1x1"] == {"direct", "matrix_product"}
+    differences = [form["difference"] for row in rows for form in row["forms"].values()]
+    assert len(differences) > 15
+    assert max(differences) < 1e-5
+    assert max(differences) > 0
+    assert (tmp_path / "results.md").read_text().count("\n") == len(rows) + 2

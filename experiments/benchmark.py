@@ -26,6 +26,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -89,7 +90,9 @@ class Launcher:
     def start(self, task: Task, **environment: str) -> Worker:
         """The process of a task. Raises WorkerError where it fails."""
         # One for each column: compile seconds of one must not profit from another.
-        cache = (self.output / "cache").absolute() / task.what / task.column
+        # Without spaces: PyTorch hands the path to a C++ compiler as it is.
+        name = re.sub(r"\W+", "_", f"{task.what} {task.column}")
+        cache = (self.output / "cache").absolute() / name
         environment = {
             "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

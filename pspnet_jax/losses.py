@@ -167,9 +167,10 @@ def _pixel_scores(logits: Logits, labels: AnyLabels, options: LossOptions) -> Pi
 def _own(logits: Logits, labels: AnyLabels) -> PixelWeights:
     """The logit of each pixel's class; 0 where it is ignored. A gather, whose gradient would be a scatter:
     it is a comparison instead."""
-    place = jnp.minimum(labels, logits.shape[-1] - 1).astype(jnp.int32)
-    own = jnp.take_along_axis(logits, place[..., None], axis=-1)[..., 0]
-    return jnp.where(labels == IGNORE_LABEL, 0, own)
+    num_classes, place = logits.shape[-1], labels.astype(jnp.int32)
+    inside = jnp.minimum(place, num_classes - 1)[..., None]
+    own = jnp.take_along_axis(logits, inside, axis=-1)[..., 0]
+    return jnp.where(place < num_classes, own, 0)
 
 
 def _own_forward(logits: Logits, labels: AnyLabels):

@@ -94,7 +94,7 @@ def fuse(pyramid: Pyramid, conv: Conv, weights: ConvWeights | None = None) -> Fe
 
     Returns:
         [batch, height, width, out_channels] in the dtype of `conv`; what the levels add is summed in
-        float32 (float64 where that is computed in) before it is rounded.
+        float32 (float64 where that is computed in), rounded, and added.
     """
     weights, dtype = weights or conv.weights(), conv.dtype
     kernel = weights.kernel.astype(dtype)
@@ -112,7 +112,8 @@ def fuse(pyramid: Pyramid, conv: Conv, weights: ConvWeights | None = None) -> Fe
         )
         size = (y.shape[1], y.shape[2])
         share = _convolve_stretched(levels, kernels, size, align_corners=pyramid.align_corners)
-        y = (y.astype(wide) + share).astype(dtype)
+        # Rounded first: as the second summand of the convolution it goes into the same call of cuDNN.
+        y = y + share.astype(dtype)
     return add_bias(y, weights.bias)
 
 

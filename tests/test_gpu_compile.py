@@ -28,6 +28,7 @@ LARGEST_KERNEL = 7  # of any published stem
 NEEDED_GB = {"step": 8.61, "step_remat": 4.13, "inference": 4.77, "inference_one": 0.48}
 CASES = [*NEEDED_GB, "step_narrow_plain", "inference_narrow_plain"]
 
+
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory) -> dict:
     """Name -> what was found, in a process of its own: XLA reads its flags once."""

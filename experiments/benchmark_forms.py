@@ -3,8 +3,8 @@
     python experiments/benchmark_forms.py --output=runs/benchmark_forms [--small]
 
 Every row is one operation at the shape it has in PSPNet-50 (473 crop at batch 1, 233 crop at batch 4), every
-column a form of it; forms take turns, nine rounds, on the machine at hand in float32. "Value" is the forward pass
-(with `fuse` also the gradients), "kernel" the gradient of the kernel alone, "map" that of the map. The largest
+column a form of it; forms take turns, nine rounds, on the machine at hand in float32. "Value" is the forward pass,
+"kernel" the gradient of the kernel alone, "map" that of the map. The largest
 difference from the first form, over its largest value, stands beside the times.
 
 results.json and results.md go to the output folder.

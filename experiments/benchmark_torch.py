@@ -82,8 +82,8 @@ def training_step(task: Task) -> Prepared:
     def call() -> Tensor:
         nonlocal num_steps
         pspnet_torch.set_poly_learning_rate(optimizer, num_steps, num_steps=100_000)
+        optimizer.zero_grad()  # before, so that no old gradient takes memory in the forward pass
         loss = run(images, labels)
-        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         num_steps += 1

@@ -111,7 +111,7 @@ class TrainingProgress:
         if step == self._first_step + 1:
             float(metrics["loss"])  # waits for the device
             seconds = time.monotonic() - self._last_time
-            log.info("the first step took %.1f s, most of it to compile", seconds)
+            log.info("the first step took %.1f s, with reading, tracing and compiling", seconds)
             self._last_step, self._last_time = step, time.monotonic()
         if step % self._every != 0 and step != self._num_steps:
             return

@@ -29,9 +29,10 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
-def platform_of(mesh: Mesh) -> str:
-    """'cpu', 'gpu' or 'tpu': what the devices of a mesh are."""
-    return mesh.devices.flat[0].platform
+def platform_of(mesh: Mesh) -> str | None:
+    """'cpu', 'gpu' or 'tpu': what the devices of a mesh are; None for others."""
+    platform = mesh.devices.flat[0].platform
+    return platform if platform in ("cpu", "gpu", "tpu") else None
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

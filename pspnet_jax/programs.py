@@ -23,6 +23,8 @@ def keep() -> None:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pspnet_jax"
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError) as error:  # a read-only home, or none
-        log.debug("compiled programs are not kept: %s", error)
+        log.info(
+            "compiled programs are not kept (%s); JAX_COMPILATION_CACHE_DIR names a folder", error
+        )
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -239,8 +239,9 @@ def apply_matrices(
         return jnp.einsum(equation, matrix.astype(dtype), maps, precision=jax.lax.Precision.HIGHEST)
 
     y = contract("Hh,nhwc->nHwc", rows, x.astype(dtype))
-    if platform == "cpu":
+    if platform == "cpu" and columns.shape[1] <= x.shape[3]:
         # One product for each row: a single one leaves its result transposed, which costs more than itself.
+        # Of a wide map of few channels the matrix, repeated for each row, would cost more than that.
         each = jnp.broadcast_to(jnp.asarray(columns), (*y.shape[:2], *columns.shape))
         return contract("nHWw,nHwc->nHWc", each, y).astype(x.dtype)
     return contract("Ww,nhwc->nhWc", columns, y).astype(x.dtype)

@@ -175,3 +175,9 @@ def test_a_split_batch_stays_split(platform, channels, dilation):
     assert not [word for word in ("all-gather", "all-to-all", "collective-permute") if word in text]
     found = compiled(*jax.device_put((x, kernel), shardings))
     assert_close(found, gradients(x, kernel, platform=None), relative=1e-5)
+
+
+def test_where_all_forms_are_plain_forward_mode_is_there():
+    x, kernel = drawn(1, 4, 4, 3, dtype=jnp.float32), drawn(3, 3, 3, 2, dtype=jnp.float32)
+    _, moved = jax.jvp(lambda x: convolve(x, kernel, platform="cpu"), (x,), (x,))
+    np.testing.assert_allclose(moved, direct(x, kernel, 1), rtol=1e-6, atol=1e-6)

@@ -558,3 +558,8 @@ def test_overrides_win_over_the_family():
     assert options(dropout_rate=0.3).dropout_rate == 0.3
     assert options().dropout_rate == 0.1
     assert options(pyramid_bins=()).pyramid_bins == ()
+
+
+def test_unknown_platforms_are_refused():
+    with pytest.raises(ValueError, match="platform='cuda' is not None or one of cpu, gpu, tpu"):
+        PSPNet(options(), 5, rng=np.random.default_rng(0), platform="cuda")

@@ -9,6 +9,8 @@ import pytest
 from flax import nnx
 
 from pspnet_jax.losses import LossOptions, segmentation_loss
+from pspnet_jax.models import convolution
+from pspnet_jax.models.convolution import winograd
 from pspnet_jax.models.pspnet import PSPNet
 from pspnet_jax.train_step import split_model
 
@@ -21,6 +23,7 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 
 NETWORKS = {  # options and the side of images
     "semseg": ({"backbone": "resnet10", "width": 8}, 49),
+    "wide": ({"backbone": "resnet10", "width": 16}, 57),  # stage 4: 128 channels, dilation 4, 8 x 8
     "bottlenecks_7x7": ({"backbone": "resnet50", "stem": "7x7", "width": 4}, 33),
     "lextal": ({"family": "lextal", "backbone": "resnet10", "width": 16}, 48),
     "densenet": ({"family": "lextal", "backbone": "densenet121", "width": 8}, 32),
@@ -46,15 +49,22 @@ def networks(overrides, platform):
     ("name", "platform"),
     [
         ("semseg", "gpu"),
-        ("semseg", "cpu"),
+        ("wide", "cpu"),
         pytest.param("bottlenecks_7x7", "gpu", marks=SLOW),
         pytest.param("bottlenecks_7x7", "cpu", marks=SLOW),
         ("lextal", "gpu"),
         pytest.param("densenet", "gpu", marks=SLOW),
     ],
 )
-def test_logits(name, platform):
+def test_logits(name, platform, monkeypatch):
     overrides, side = NETWORKS[name]
+    taken = []
+
+    def noted(x, kernel, dilation, **options):
+        taken.append(dilation)
+        return winograd(x, kernel, dilation, **options)
+
+    monkeypatch.setattr(convolution, "winograd", noted)
     with jax.enable_x64(True):
         plain, other, params, batch_stats = networks(overrides, platform)
         images = jnp.asarray(np.random.default_rng(2).standard_normal((2, side, side, 3)))
@@ -65,12 +75,13 @@ def test_logits(name, platform):
 
         expected, found = logits(plain), logits(other)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10 * np.abs(expected).max())
+    assert (4 in taken) == (name == "wide")
 
 
 @pytest.mark.parametrize(
     ("overrides", "platform"),
     [
-        ({"backbone": "resnet10", "width": 16}, "cpu"),  # 128 channels in stage 4
+        ({"backbone": "resnet10", "width": 16}, "cpu"),  # both heads by Winograd
         ({"backbone": "resnet10", "width": 4}, "gpu"),
         pytest.param({"backbone": "resnet10", "width": 4, "frozen_norm": True}, "gpu", marks=SLOW),
     ],

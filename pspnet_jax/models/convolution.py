@@ -4,7 +4,7 @@
   `matrix_product` (1x1 kernels), `winograd` (fewer multiplications) and `interleaved` (a dilated
   convolution as a plain one of every d-th pixel).
 * `convolve` chooses by shape and platform, for the value and for the gradient of the kernel apart. The
-  measurements behind the choice are in experiments/README.md ("Forms of a convolution").
+  measurements behind the choice are in experiments/README.md ("Forms of an operation").
 * The platform is an argument and never asked of JAX: what is compiled here may run elsewhere.
 """
 
@@ -23,7 +23,8 @@ Kernel = Float[jax.Array, "kernel_height kernel_width in_channels out_channels"]
 Parts = Float[jax.Array, "_parts _height _width _channels"]
 """Features taken apart: dilation^2 maps of each image."""
 Platform = str | None
-"""'cpu', 'gpu' or 'tpu', as JAX names its devices; None: the plain form of everything."""
+"""A member of `PLATFORMS`; None: the plain form of everything."""
+PLATFORMS = ("cpu", "gpu", "tpu")  # as JAX names its devices; NVIDIA's and AMD's are 'gpu'
 Form = Callable[[Features, Kernel, int], Features]
 """(map, kernel, dilation) -> map of the same size: a convolution at stride 1."""
 
@@ -35,15 +36,18 @@ def convolve(
 
     Args:
         kernel: odd sizes; zeros are padded as PyTorch does, dilation * (size - 1) / 2 on every side.
-        platform: where it will run. Forms differ by rounding alone.
+        platform: where it will run. Forms differ by rounding alone; some have no forward-mode derivative
+            (`jax.jvp`), which the plain ones (None) have.
 
     Returns:
         [batch, ceil(h / stride), ceil(w / stride), out].
     """
     if kernel.shape[:2] == (1, 1) and platform == "cpu":
         return matrix_product(x[:, ::stride, ::stride], kernel)
-    if stride == 1 and platform is not None and is_static(*x.shape):
-        return _convolve(x, kernel, dilation, platform)
+    if stride == 1 and is_static(*x.shape):
+        arguments = (x, kernel, dilation, platform)
+        if (_form_of_value(*arguments), _form_of_kernel_gradient(*arguments)) != (direct, direct):
+            return _convolve(*arguments)
     return direct(x, kernel, dilation, stride=stride)
 
 
@@ -59,8 +63,9 @@ def _convolve_forward(x: Features, kernel: Kernel, dilation: int, platform: Plat
 
 def _convolve_backward(dilation: int, platform: Platform, saved, gradient: Features):
     """Gradients of map and kernel."""
-    # Else XLA would keep what `winograd` makes of them in the forward pass: four times the map.
-    x, kernel = jax.lax.optimization_barrier(saved)
+    # Else XLA would keep what `winograd` makes of them in the forward pass, four times the map, or make it
+    # again before the gradient is there. (XLA for CPUs removes barriers early and keeps it all the same.)
+    x, kernel, gradient = jax.lax.optimization_barrier((*saved, gradient))
     if _form_of_value(x, kernel, dilation, platform) is winograd:
         of_map = winograd(gradient, kernel, dilation, mirrored=True)
     else:

@@ -35,6 +35,7 @@ def context(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_scenes_context_compares_both_networks(context):
     rows = json.loads((context / "results.json").read_text())["rows"]
     assert [(row["network"], row["seed"]) for row in rows] == [("pyramid", 3), ("baseline", 3)]
@@ -47,6 +48,7 @@ def test_scenes_context_compares_both_networks(context):
     assert config["model"]["pyramid_bins"] == []
 
 
+@pytest.mark.slow
 def test_figures_hold_a_curve_and_class_maps(context, tmp_path, monkeypatch):
     arguments = [f"--checkpoint={context / 'pyramid_3'}", f"--output={tmp_path}", "--num_images=2"]
     run_script("figures", *arguments, monkeypatch=monkeypatch)

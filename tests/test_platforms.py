@@ -82,7 +82,7 @@ def test_logits(name, platform, monkeypatch):
     ("overrides", "platform"),
     [
         ({"backbone": "resnet10", "width": 16}, "cpu"),  # both heads by Winograd
-        ({"backbone": "resnet10", "width": 4}, "gpu"),
+        pytest.param({"backbone": "resnet10", "width": 4}, "gpu", marks=SLOW),
         pytest.param({"backbone": "resnet10", "width": 4, "frozen_norm": True}, "gpu", marks=SLOW),
     ],
     ids=["cpu", "gpu", "gpu_frozen_norm"],

@@ -29,6 +29,12 @@ Form = Callable[[Features, Kernel, int], Features]
 """(map, kernel, dilation) -> map of the same size: a convolution at stride 1."""
 
 
+def check_platform(platform: Platform) -> None:
+    """Raise ValueError for a name that would silently mean the plain forms ('cuda')."""
+    if platform is not None and platform not in PLATFORMS:
+        raise ValueError(f"platform={platform!r} is not None or one of {', '.join(PLATFORMS)}")
+
+
 def convolve(
     x: Features, kernel: Kernel, *, stride: int = 1, dilation: int = 1, platform: Platform = None
 ) -> Features:

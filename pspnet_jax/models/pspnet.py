@@ -19,7 +19,7 @@ from flax import nnx
 
 from pspnet_jax.arrays import Images, Outputs
 from pspnet_jax.models import densenet, resnet, squeezenet
-from pspnet_jax.models.convolution import PLATFORMS, Platform
+from pspnet_jax.models.convolution import Platform, check_platform
 from pspnet_jax.models.layers import (
     HE_FAN_OUT,
     TORCH_DEFAULT,
@@ -250,8 +250,7 @@ class PSPNet(nnx.Module):
         rng: RandomNumbers,
         platform: Platform = None,
     ):
-        if platform is not None and platform not in PLATFORMS:
-            raise ValueError(f"platform={platform!r} is not None or one of {', '.join(PLATFORMS)}")
+        check_platform(platform)
         dtype = DTYPES[options.dtype]
         for_backbone, for_heads = INITIALIZERS[options.initializer]
         self.options, self.num_classes, self.platform = options, num_classes, platform

@@ -254,9 +254,8 @@ class PSPNet(nnx.Module):
         dtype = DTYPES[options.dtype]
         for_backbone, for_heads = INITIALIZERS[options.initializer]
         self.options, self.num_classes, self.platform = options, num_classes, platform
-        self.backbone = _make_backbone(
-            options, initializer=for_backbone, platform=platform, rng=rng
-        )
+        make_backbone = functools.partial(_make_backbone, options, platform=platform, rng=rng)
+        self.backbone = make_backbone(initializer=for_backbone)
         conv = functools.partial(Conv, initializer=for_heads, dtype=dtype, platform=platform)
         norm = functools.partial(BatchNorm, frozen=options.frozen_norm)
         self.pyramid = PyramidPooling(
@@ -297,12 +296,12 @@ class PSPNet(nnx.Module):
         channels = self.backbone.stage3_channels
         has_pixel, has_presence = (name in options.aux_heads for name in AUX_HEADS)
         self.aux_head = make_head(channels, aux_hidden) if has_pixel else None
-        linear = functools.partial(Linear, initializer=for_heads, dtype=dtype)
-        self.presence_head = (
-            PresenceHead(channels, aux_hidden, num_classes, linear=linear, rng=rng)
-            if has_presence
-            else None
-        )
+        self.presence_head = None
+        if has_presence:
+            linear = functools.partial(Linear, initializer=for_heads, dtype=dtype)
+            self.presence_head = PresenceHead(
+                channels, aux_hidden, num_classes, linear=linear, rng=rng
+            )
 
     def __call__(
         self, images: Images, *, train: bool = False, key: jax.Array | None = None

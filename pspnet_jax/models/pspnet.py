@@ -296,12 +296,9 @@ class PSPNet(nnx.Module):
         channels = self.backbone.stage3_channels
         has_pixel, has_presence = (name in options.aux_heads for name in AUX_HEADS)
         self.aux_head = make_head(channels, aux_hidden) if has_pixel else None
-        self.presence_head = None
-        if has_presence:
-            linear = functools.partial(Linear, initializer=for_heads, dtype=dtype)
-            self.presence_head = PresenceHead(
-                channels, aux_hidden, num_classes, linear=linear, rng=rng
-            )
+        linear = functools.partial(Linear, initializer=for_heads, dtype=dtype)
+        make_presence = functools.partial(PresenceHead, channels, aux_hidden, num_classes, rng=rng)
+        self.presence_head = make_presence(linear=linear) if has_presence else None
 
     def __call__(
         self, images: Images, *, train: bool = False, key: jax.Array | None = None

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
 BUDGET_SECONDS = 420
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
@@ -55,6 +54,7 @@ def windows(case: dict, *kinds: str) -> collections.Counter:
     return collections.Counter(max(call["window"]) for call in calls)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["step", "step_remat"])
 def test_training_step_has_no_window_as_large_as_the_map(cases, name):
     assert max(windows(cases[name])) <= LARGEST_KERNEL
@@ -62,12 +62,14 @@ def test_training_step_has_no_window_as_large_as_the_map(cases, name):
     assert windows(cases[name], KERNEL_GRADIENT)[3] == 21
 
 
+@pytest.mark.slow
 def test_plain_training_step_has_them(cases):
     """The nine dilated convolutions of ResNet-50: what the forms for GPUs are there to prevent."""
     assert windows(cases["step_narrow_plain"])[60] == 9
     assert windows(cases["step_narrow_plain"], KERNEL_GRADIENT)[3] == 21 - 9
 
 
+@pytest.mark.slow
 def test_inference_is_one_call_a_convolution(cases):
     calls = [call for call in cases["inference"]["calls"] if call["kind"] in CUDNN]
     assert [call for call in calls if call["kind"] != FUSED] == []
@@ -77,12 +79,14 @@ def test_inference_is_one_call_a_convolution(cases):
     assert sum(call["has_shortcut"] for call in calls) == 16 + 1
 
 
+@pytest.mark.slow
 def test_plain_inference_is_not(cases):
     calls = cases["inference_narrow_plain"]["calls"]
     assert sum(call["kind"] == FUSED for call in calls) == 1  # the classifier has a bias
     assert sum(call["kind"] == CONVOLUTION for call in calls) == 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NEEDED_GB)
 def test_memory(cases, name):
     needed = cases[name]["memory"]["needed"]
@@ -91,6 +95,7 @@ def test_memory(cases, name):
     assert needed <= compile_for_gpu.H200_BYTES
 
 
+@pytest.mark.slow
 def test_recomputing_needs_less_memory(cases):
     step, remat = (cases[name]["memory"]["temporary"] for name in ("step", "step_remat"))
     assert remat < 0.6 * step

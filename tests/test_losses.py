@@ -334,3 +334,29 @@ def test_tiles_are_all_that_is_stretched():
 
     assert "[2,25,25,3]" in program(None)
     assert "[2,25,25,3]" not in program(5 * 2 * 25 * 3 * 4 / 2**20)
+
+
+def test_devices_stretch_tiles_of_their_own_images():
+    mesh = parallel.make_mesh()
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.standard_normal((8, 4, 4, 3)), jnp.float32)
+    labels = jnp.asarray(rng.integers(0, 3, (8, 25, 25)), jnp.uint8)
+
+    def differentiate(logits, labels, *, tile_mib):
+        def loss(logits):
+            return stretched_cross_entropy(
+                logits, labels, LossOptions(tile_mib=tile_mib), align_corners=True, platform="cpu"
+            )
+
+        return jax.value_and_grad(loss)(logits)
+
+    split = parallel.split_batch(mesh)
+    tiled = functools.partial(differentiate, tile_mib=8 * 5 * 25 * 3 * 4 / 2**20)
+    compiled = jax.jit(tiled, in_shardings=(split, split)).lower(logits, labels).compile()
+    text = compiled.as_text()
+    assert "all-reduce" in text
+    assert not [word for word in ("all-gather", "all-to-all", "collective-permute") if word in text]
+    found = compiled(*jax.device_put((logits, labels), split))
+    expected = differentiate(logits, labels, tile_mib=None)
+    for value, golden in zip(found, expected, strict=True):
+        np.testing.assert_allclose(value, golden, rtol=1e-5, atol=1e-7)

@@ -8,8 +8,9 @@ import pytest
 
 from pspnet_jax import load
 from pspnet_jax import train as train_module
+from pspnet_jax.catalog import load_label_set
 from pspnet_jax.checkpoint import CheckpointFolder, CorruptCheckpointError
-from pspnet_jax.config import from_json, scale_to_batch, to_json, validate
+from pspnet_jax.config import default_config, from_json, scale_to_batch, to_json, validate
 from pspnet_jax.train import compose, train
 
 from pictures import write_split
@@ -351,3 +352,10 @@ def test_labels_of_an_eighth_need_logits_of_an_eighth(data, tmp_path):
     config = tiny(data, loss__resolution="eighth", model__family="lextal", data__crop_size=(32, 32))
     with pytest.raises(ValueError, match="progressive gives logits of image size"):
         compose(config, tmp_path)
+
+
+def test_tiles_of_the_loss_are_those_of_each_device():
+    config, label_set = default_config(), load_label_set("camvid")
+    config.loss.update(aux_weight=0.4, presence_weight=0.0)
+    options = train_module._loss_options(config, label_set, num_devices=8)
+    assert options.tile_mib == 8 * config.loss.tile_mib

@@ -27,7 +27,7 @@ from pspnet_jax.arrays import (
     PresenceLogits,
     Scalar,
 )
-from pspnet_jax.resample import Maps, apply_matrices, resize, resize_matrix
+from pspnet_jax.resample import Maps, Platform, apply_matrices, resize, resize_matrix
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def stretched_cross_entropy(
     *,
     align_corners: bool,
     of_batch: AnyLabels | None = None,
-    platform: str | None = None,
+    platform: Platform = None,
 ) -> Scalar:
     """`cross_entropy` of logits of any size, stretched to label size.
 
@@ -257,7 +257,7 @@ def segmentation_loss(
     *,
     align_corners: bool,
     of_batch: AnyLabels | None = None,
-    platform: str | None = None,
+    platform: Platform = None,
 ) -> Losses:
     """main + aux_weight * aux + presence_weight * presence.
 

@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int64
 
 from pspnet_jax.arrays import Batch
+from pspnet_jax.resample import PLATFORMS, Platform
 
 Tree = Any
 """Nested containers of arrays."""
@@ -29,10 +30,10 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
-def platform_of(mesh: Mesh) -> str | None:
+def platform_of(mesh: Mesh) -> Platform:
     """'cpu', 'gpu' or 'tpu': what the devices of a mesh are; None for others."""
     platform = mesh.devices.flat[0].platform
-    return platform if platform in ("cpu", "gpu", "tpu") else None
+    return platform if platform in PLATFORMS else None
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

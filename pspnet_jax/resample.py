@@ -24,6 +24,9 @@ from pspnet_jax.arrays import AnyArray
 
 Size = int | Any
 """Samples along one axis: a number, or the symbol that JAX has for one (`is_static`)."""
+Platform = str | None
+"""Where an operation will run, a member of `PLATFORMS`; None: anywhere, the plain form of everything."""
+PLATFORMS = ("cpu", "gpu", "tpu")  # as JAX names its devices; NVIDIA's and AMD's are 'gpu'
 Pair = tuple[Size, Size]
 Maps = Float[jax.Array, "batch _height _width channels"]
 """Feature maps or logits: batch and channels stay, height and width change."""
@@ -186,7 +189,7 @@ def _symbolic_max_pool(x: Maps, num_bins: int, *, axis: int) -> Maps:
     return jnp.concatenate(bins, axis=axis)
 
 
-def resize(x: Maps, size: Pair, *, align_corners: bool, platform: str | None = None) -> Maps:
+def resize(x: Maps, size: Pair, *, align_corners: bool, platform: Platform = None) -> Maps:
     """Bilinear resizing of feature maps or logits to `size` = (height, width), without anti-aliasing.
 
     Args:
@@ -229,7 +232,7 @@ def apply_matrices(
     rows: Float[AnyArray, "new_height height"],
     columns: Float[AnyArray, "new_width width"],
     *,
-    platform: str | None = None,
+    platform: Platform = None,
 ) -> Maps:
     """rows @ x @ columns^T for every image and channel, in the dtype of `x`."""
     dtype = _accumulator(x)

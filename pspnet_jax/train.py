@@ -281,7 +281,8 @@ class Run:
     def announce(self) -> None:
         """Say what is trained on what; the first step is silent for as long as it compiles."""
         options, device = self.description.model, jax.devices()[0]
-        _, params, _ = passes.structure(self.description.network())
+        platform = parallel.platform_of(self.mesh)
+        _, params, _ = passes.structure(self.description.network(platform=platform))
         num_parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
         log.info(
             "%s: %s %s of width %d, %s parameters; %d classes of '%s'; %d images, %d to evaluate on; "

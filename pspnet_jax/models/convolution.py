@@ -17,14 +17,11 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from pspnet_jax.arrays import Features
-from pspnet_jax.resample import Size, is_static
+from pspnet_jax.resample import PLATFORMS, Platform, Size, is_static
 
 Kernel = Float[jax.Array, "kernel_height kernel_width in_channels out_channels"]
 Parts = Float[jax.Array, "_parts _height _width _channels"]
 """Features taken apart: dilation^2 maps of each image."""
-Platform = str | None
-"""A member of `PLATFORMS`; None: the plain form of everything."""
-PLATFORMS = ("cpu", "gpu", "tpu")  # as JAX names its devices; NVIDIA's and AMD's are 'gpu'
 Form = Callable[[Features, Kernel, int], Features]
 """(map, kernel, dilation) -> map of the same size: a convolution at stride 1."""
 

@@ -16,7 +16,6 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from pspnet_jax.arrays import Features
-from pspnet_jax.models.convolution import Platform
 from pspnet_jax.models.layers import (
     HE_FAN_OUT,
     BatchNorm,
@@ -28,6 +27,7 @@ from pspnet_jax.models.layers import (
     run,
 )
 from pspnet_jax.models.resnet import BackboneFeatures, PlainStem
+from pspnet_jax.resample import Platform
 
 DEPTHS = {"densenet121": (6, 12, 24, 16)}
 BOTTLENECK = 4  # channels between the two convolutions of a layer, in units of its growth

@@ -19,8 +19,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from pspnet_jax.arrays import Features
-from pspnet_jax.models.convolution import Kernel, Platform, convolve
-from pspnet_jax.resample import Pair
+from pspnet_jax.models.convolution import Kernel, convolve
+from pspnet_jax.resample import Pair, Platform
 
 Vectors = Float[jax.Array, "batch _channels"]
 """One vector per image."""

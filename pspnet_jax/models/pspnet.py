@@ -19,7 +19,7 @@ from flax import nnx
 
 from pspnet_jax.arrays import Images, Outputs
 from pspnet_jax.models import densenet, resnet, squeezenet
-from pspnet_jax.models.convolution import Platform, check_platform
+from pspnet_jax.models.convolution import check_platform
 from pspnet_jax.models.layers import (
     HE_FAN_OUT,
     TORCH_DEFAULT,
@@ -37,7 +37,7 @@ from pspnet_jax.models.pyramid import (
     Pyramid,
     PyramidPooling,
 )
-from pspnet_jax.resample import Pair, Size
+from pspnet_jax.resample import Pair, Platform, Size
 
 Backbone = resnet.ResNet | densenet.DenseNet | squeezenet.SqueezeNet
 

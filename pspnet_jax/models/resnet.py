@@ -17,7 +17,6 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from pspnet_jax.arrays import Features
-from pspnet_jax.models.convolution import Platform
 from pspnet_jax.models.layers import (
     HE_FAN_OUT,
     BatchNorm,
@@ -28,6 +27,7 @@ from pspnet_jax.models.layers import (
     max_pool,
     run,
 )
+from pspnet_jax.resample import Platform
 
 STEMS = ("deep", "7x7")
 OUTPUT_STRIDES = (8, 16, 32)

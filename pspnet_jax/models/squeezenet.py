@@ -17,7 +17,6 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from pspnet_jax.arrays import Features
-from pspnet_jax.models.convolution import Platform
 from pspnet_jax.models.layers import (
     HE_FAN_OUT,
     Conv,
@@ -27,6 +26,7 @@ from pspnet_jax.models.layers import (
     run,
 )
 from pspnet_jax.models.resnet import BackboneFeatures
+from pspnet_jax.resample import Platform
 
 
 class Stage(NamedTuple):

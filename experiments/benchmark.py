@@ -29,11 +29,11 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import benchmark_report
 from benchmark_worker import Task, Worker, WorkerError, serve
+from checkout import commit_of_checkout
 
 OURS, PLAIN = "ours", "ours, plain"
 FORMS = ("eager NCHW", "eager channels-last", "compiled")
@@ -321,15 +321,6 @@ def machine() -> str:
                 name = line.split(":", 1)[1].strip()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"{name}, {os.cpu_count()} cores, {memory:.0f} GiB"
-
-
-def commit_of_checkout() -> str:
-    """Of the checkout this file lies in, marked where it was changed; 'unknown' outside git."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def _tell(task: Task, column: str, said: str) -> None:

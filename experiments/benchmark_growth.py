@@ -23,8 +23,9 @@ import statistics
 from pathlib import Path
 
 import numpy as np
-from benchmark import OURS, Launcher, commit_of_checkout, machine, measure_group
+from benchmark import OURS, Launcher, machine, measure_group
 from benchmark_worker import Task
+from checkout import commit_of_checkout
 
 FACTORS = {
     "batch": (1, 2, 4, 8),

@@ -38,6 +38,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from checkout import commit_of_checkout
 from flax import nnx
 
 from pspnet_jax.arrays import Batch
@@ -794,15 +795,6 @@ def write_report(output: Path, report: dict) -> None:
         made = network_table(rows, notes, small=small) if part == 3 else table(part, rows, notes)
         text += [f"## Part {part}", "", explanation, "", *made, ""]
     (output / "results.md").write_text("\n".join(text))
-
-
-def commit_of_checkout() -> str:
-    """Of the checkout this file lies in, marked where it was changed; 'unknown' outside git."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def run_all(output: Path, *, minutes: float, small: bool) -> None:

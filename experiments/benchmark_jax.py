@@ -15,7 +15,7 @@ import numpy as np
 from benchmark_worker import SCALES, Prepared, Task, best_rate, random_batch, random_image
 from flax import nnx
 
-from pspnet_jax import parallel, protocols
+from pspnet_jax import parallel, programs, protocols
 from pspnet_jax.arrays import Batch
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.config import default_config
@@ -24,7 +24,8 @@ from pspnet_jax.models.pspnet import FAMILIES, ModelOptions, PSPNet, is_head
 from pspnet_jax.optimizer import poly_schedule, sgd
 from pspnet_jax.resample import resize
 from pspnet_jax.segmenter import Description, Provenance, Segmenter
-from pspnet_jax.train_step import create_train_state, make_train_step, split_model
+from pspnet_jax.train import split_step
+from pspnet_jax.train_step import TrainState, create_train_state, make_train_step, split_model
 
 OURS, PLAIN = "ours", "ours, plain"
 
@@ -88,8 +89,7 @@ def forward(task: Task) -> Prepared:
 
 def training_step(task: Task) -> Prepared:
     """8-bit images and labels -> the next state: both losses, all gradients, SGD."""
-    step, state, batch = _step_and_arguments(task)
-    compiled, facts = compile_(jax.jit(step, donate_argnums=0), state, batch)
+    compiled, facts, state, batch = _compiled_step(task)
 
     def call():
         nonlocal state
@@ -105,12 +105,7 @@ def training_step(task: Task) -> Prepared:
 
 def collectives(task: Task) -> Prepared:
     """The training step over `task.devices` devices, compiled and not run; what it exchanges."""
-    step, state, batch = _step_and_arguments(task)
-    mesh = parallel.make_mesh(jax.local_devices()[: task.devices])
-    everywhere = parallel.replicated(mesh)
-    shardings = (everywhere, parallel.split_batch(mesh))
-    jitted = jax.jit(step, in_shardings=shardings, out_shardings=everywhere, donate_argnums=0)
-    compiled, facts = compile_(jitted, state, batch)
+    compiled, facts, state, _ = _compiled_step(task)
     facts["collectives"] = benchmark_counts.collective_bytes(compiled.as_text())
     for name, tree in (("parameter", state.params), ("statistic", state.batch_stats)):
         facts[f"{name}_bytes"] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
@@ -174,11 +169,17 @@ def counts(task: Task) -> Prepared:
     return _nothing_to_run({"macs": macs, "aux_macs": aux} | versions())
 
 
-def compile_(function: Callable, *arguments: object) -> tuple[Callable, dict]:
+def lower_and_compile(function: Callable, *arguments: object) -> Callable:
+    """Of a jitted function."""
+    return function.lower(*arguments).compile()
+
+
+def compile_(
+    function: Callable, *arguments: object, compiler: Callable = lower_and_compile
+) -> tuple[Callable, dict]:
     """The compiled function, and what XLA says of it."""
     start = time.perf_counter()
-    lowered = function.lower(*arguments)
-    compiled = lowered.compile()
+    compiled = compiler(function, *arguments)
     facts = {"compile_seconds": time.perf_counter() - start} | versions()
     plan = compiled.memory_analysis()
     if plan is not None:
@@ -204,7 +205,8 @@ def peak() -> dict:
     return {"device_bytes": found.get("peak_bytes_in_use")}
 
 
-def _step_and_arguments(task: Task) -> tuple[Callable, object, Batch]:
+def _compiled_step(task: Task) -> tuple[Callable, dict, TrainState, Batch]:
+    """The step as training compiles it, what XLA says of it, and its arguments."""
     model = make_model(task)
     schedule = poly_schedule(0.01, power=0.9, num_steps=100_000)
     optimizer = sgd(
@@ -213,9 +215,11 @@ def _step_and_arguments(task: Task) -> tuple[Callable, object, Batch]:
     step = make_train_step(model, optimizer, schedule, loss=make_loss(), seed=0)
     images, labels = random_batch(task)
     index, valid = np.arange(task.batch, dtype=np.int32), np.ones(task.batch, bool)
-    batch = Batch(images, labels, index, valid)
-    state = create_train_state(model, optimizer)
-    return step, state, jax.device_put(batch) if task.devices == 1 else batch
+    mesh = parallel.make_mesh(jax.local_devices()[: task.devices])
+    batch = parallel.shard_batch(Batch(images, labels, index, valid), mesh)
+    state = jax.device_put(create_train_state(model, optimizer), parallel.replicated(mesh))
+    compiler = functools.partial(programs.compile_step, platform=parallel.platform_of(mesh))
+    return (*compile_(split_step(step, mesh), state, batch, compiler=compiler), state, batch)
 
 
 def _nothing_to_run(facts: dict) -> Prepared:

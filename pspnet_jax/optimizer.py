@@ -66,7 +66,7 @@ def sgd(
     """
     return optax.chain(
         _decay(weight_decay, decay_vectors),
-        optax.sgd(schedule, momentum=momentum),
+        optax.chain(_velocity(momentum), optax.scale_by_learning_rate(schedule)),
         _multiply_heads(head_multiplier, is_head),
     )
 
@@ -88,6 +88,19 @@ def adam(
         optax.adam(schedule),
         _multiply_heads(head_multiplier, is_head),
     )
+
+
+def _velocity(momentum: float) -> optax.GradientTransformation:
+    """`optax.trace`, whose result is made once. Else XLA makes it a second time where the parameters move,
+    from the old velocity, which then cannot be overwritten: a copy of both for every parameter."""
+    trace = optax.trace(momentum)
+
+    def update(updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None):
+        _, state = trace.update(updates, state, params)
+        velocity = jax.tree.map(jax.lax.optimization_barrier, state.trace)
+        return velocity, optax.TraceState(velocity)
+
+    return optax.GradientTransformation(trace.init, update)
 
 
 def _decay(weight_decay: float, decay_vectors: bool) -> optax.GradientTransformation:

@@ -1,7 +1,9 @@
-"""Compiled programs, kept on disk: what was compiled once starts at once."""
+"""Compiled programs: how a training step is compiled, and the folder in which all are kept."""
 
+import ctypes
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -28,3 +30,27 @@ def keep() -> None:
         )
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def compile_step(step: Callable, *arguments: object, platform: str | None) -> Callable:
+    """A training step under `jax.jit`, compiled for arguments of these shapes.
+
+    * On CPUs, XLA removes barriers before it joins equal operations: what is to be computed again in the
+      backward pass would be stored all the same. It is told not to.
+    * What compiling took is given back to the system. glibc keeps it otherwise: a third of the peak of a
+      ResNet-50's step.
+
+    Args:
+        platform: of the devices.
+    """
+    options = {"xla_disable_hlo_passes": "cse_barrier_expander"} if platform == "cpu" else {}
+    compiled = step.lower(*arguments).compile(compiler_options=options)
+    _give_back_memory()
+    return compiled
+
+
+def _give_back_memory() -> None:
+    """To the system, what was freed; nothing where the C library has no such call."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

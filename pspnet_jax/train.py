@@ -22,7 +22,7 @@ from flax import nnx, serialization
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from pspnet_jax import check, evaluate, parallel, passes, protocols
+from pspnet_jax import check, evaluate, parallel, passes, programs, protocols
 from pspnet_jax import config as config_module
 from pspnet_jax.arrays import Batch
 from pspnet_jax.catalog import LabelSet, load_label_set
@@ -53,6 +53,7 @@ from pspnet_jax.protocols import Protocol
 from pspnet_jax.report import summary, write_report
 from pspnet_jax.segmenter import Description, Provenance, Segmenter, model_part
 from pspnet_jax.train_step import (
+    Metrics,
     TrainState,
     TrainStep,
     create_train_state,
@@ -388,8 +389,8 @@ def compose(config: ConfigDict, workdir: Path) -> Run:
     )
 
 
-def compile_step(step: TrainStep, mesh: Mesh) -> TrainStep:
-    """The step jitted over the mesh: state replicated and donated, batch split."""
+def split_step(step: TrainStep, mesh: Mesh) -> Callable:
+    """The step under `jax.jit` over the mesh: state replicated and donated, batch split."""
     everywhere = parallel.replicated(mesh)
     return jax.jit(
         step,
@@ -397,6 +398,20 @@ def compile_step(step: TrainStep, mesh: Mesh) -> TrainStep:
         in_shardings=(everywhere, parallel.split_batch(mesh)),
         out_shardings=(everywhere, everywhere),
     )
+
+
+def compile_step(step: TrainStep, mesh: Mesh) -> TrainStep:
+    """The step over the mesh, compiled when it is first called, for batches of that shape."""
+    jitted, platform = split_step(step, mesh), parallel.platform_of(mesh)
+    compiled: TrainStep | None = None
+
+    def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        nonlocal compiled
+        if compiled is None:
+            compiled = programs.compile_step(jitted, state, batch, platform=platform)
+        return compiled(state, batch)
+
+    return run
 
 
 def _choose_protocol(config: ConfigDict, label_set: LabelSet) -> Protocol:

@@ -24,14 +24,14 @@ from pspnet_jax.optimizer import Schedule
 
 @struct.dataclass
 class TrainState:
-    """All that training changes."""
+    """All that training changes. As in any tree, shapes or other things may stand where arrays do."""
 
-    step: jax.Array
+    step: Any
     """i32 scalar: optimizer steps taken, skipped ones included."""
     params: dict
     batch_stats: dict
     opt_state: optax.OptState
-    skipped_steps: jax.Array
+    skipped_steps: Any
     """i32 scalar: steps whose loss or gradient was not finite."""
 
 

@@ -113,7 +113,7 @@ class DenseNet(nnx.Module):
         self.stage4_channels = channels
 
     def __call__(self, x: Features, *, train: bool) -> BackboneFeatures:
-        x = self.stem(x, train=train)
+        x = run(self.stem, x, train=train, remat=self.remat)
         maps = []
         for k, num_layers in enumerate(self.num_layers, start=1):
             for i in range(num_layers):
@@ -121,6 +121,6 @@ class DenseNet(nnx.Module):
                 new = run(layer, x, train=train, remat=self.remat)
                 x = jnp.concatenate([x, new], axis=-1)
             if k < len(self.num_layers):
-                x = getattr(self, f"transition{k}")(x, train=train)
+                x = run(getattr(self, f"transition{k}"), x, train=train, remat=self.remat)
             maps.append(x)
         return BackboneFeatures(maps[2], maps[3])

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
@@ -25,6 +26,7 @@ from pspnet_jax.resample import Pair, Platform
 Vectors = Float[jax.Array, "batch _channels"]
 """One vector per image."""
 RandomNumbers = np.random.Generator
+_STORED = ("convolution", "statistics")  # what `run` stores of a block
 
 
 class Initializer(NamedTuple):
@@ -117,7 +119,7 @@ class Conv(nnx.Module):
             dilation=self.dilation,
             platform=self.platform,
         )
-        return add_bias(y, weights.bias)
+        return add_bias(checkpoint_name(y, "convolution"), weights.bias)
 
 
 def add_bias(y: Features, bias: jax.Array | None) -> Features:
@@ -197,6 +199,7 @@ class BatchNorm(nnx.Module):
             )
         mean = x.mean(axis=(0, 1, 2))
         variance = jnp.square(x - _per_channel(mean)).mean(axis=(0, 1, 2))
+        mean, variance = (checkpoint_name(value, "statistics") for value in (mean, variance))
         self._move(self.mean, mean)
         self._move(self.variance, variance * (count / (count - 1)))
         return mean, variance
@@ -325,16 +328,20 @@ def average_pool(x: Features) -> Features:
 
 
 def run(block: Callable[..., Features], x: Features, *, train: bool, remat: bool) -> Features:
-    """block(x, train=train); with `remat` its inner maps are computed again in the backward pass
-    instead of being stored."""
-    if not remat:
-        return block(x, train=train)
+    """block(x, train=train), of whose inner maps only the results of convolutions are stored for the backward
+    pass: norms and activations are computed again from them, which is little work and saves half the memory.
+    With `remat` no inner map is stored.
+    """
+    if not train:
+        return block(x, train=False)
     graphdef, state = nnx.split(block)
+    policies = jax.checkpoint_policies
+    policy = policies.nothing_saveable if remat else policies.save_only_these_names(*_STORED)
 
-    @jax.checkpoint
+    @functools.partial(jax.checkpoint, policy=policy)
     def again(state, x):
         block = nnx.merge(graphdef, state)
-        return block(x, train=train), nnx.state(block, nnx.BatchStat)
+        return block(x, train=True), nnx.state(block, nnx.BatchStat)
 
     y, statistics = again(state, x)
     nnx.update(block, statistics)

@@ -194,7 +194,7 @@ class ResNet(nnx.Module):
         self.stage3_channels, self.stage4_channels = channels // 2, channels
 
     def __call__(self, x: Features, *, train: bool) -> BackboneFeatures:
-        x = self.stem(x, train=train)
+        x = run(self.stem, x, train=train, remat=self.remat)
         stages = []
         for stage, num_blocks in enumerate(self.num_blocks, start=1):
             for i in range(num_blocks):

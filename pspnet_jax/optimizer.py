@@ -96,8 +96,8 @@ def _velocity(momentum: float) -> optax.GradientTransformation:
     trace = optax.trace(momentum)
 
     def update(updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None):
-        _, state = trace.update(updates, state, params)
-        velocity = jax.tree.map(jax.lax.optimization_barrier, state.trace)
+        velocity, _ = trace.update(updates, state, params)
+        velocity = jax.tree.map(jax.lax.optimization_barrier, velocity)
         return velocity, optax.TraceState(velocity)
 
     return optax.GradientTransformation(trace.init, update)

@@ -3,10 +3,10 @@
 import ctypes
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
+from jax import stages
 
 log = logging.getLogger("pspnet_jax")
 
@@ -32,8 +32,8 @@ def keep() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
-def compile_step(step: Callable, *arguments: object, platform: str | None) -> Callable:
-    """A training step under `jax.jit`, compiled for arguments of these shapes.
+def compile_step(step: stages.Wrapped, *arguments: object, platform: str | None) -> stages.Compiled:
+    """A jitted training step, compiled for arguments of these shapes.
 
     * On CPUs, XLA removes barriers before it joins equal operations: what is to be computed again in the
       backward pass would be stored all the same. It is told not to.
@@ -43,7 +43,9 @@ def compile_step(step: Callable, *arguments: object, platform: str | None) -> Ca
     Args:
         platform: of the devices.
     """
-    options = {"xla_disable_hlo_passes": "cse_barrier_expander"} if platform == "cpu" else {}
+    options: dict[str, bool | str] = {}
+    if platform == "cpu":
+        options["xla_disable_hlo_passes"] = "cse_barrier_expander"
     compiled = step.lower(*arguments).compile(compiler_options=options)
     _give_back_memory()
     return compiled

@@ -389,7 +389,7 @@ def compose(config: ConfigDict, workdir: Path) -> Run:
     )
 
 
-def split_step(step: TrainStep, mesh: Mesh) -> Callable:
+def split_step(step: TrainStep, mesh: Mesh) -> jax.stages.Wrapped:
     """The step under `jax.jit` over the mesh: state replicated and donated, batch split."""
     everywhere = parallel.replicated(mesh)
     return jax.jit(

@@ -39,8 +39,8 @@ Metrics = dict[str, Scalar]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
-def split_model(model: PSPNet) -> tuple[nnx.GraphDef, dict, dict]:
-    """The definition of a network, its parameters and its batch statistics as plain dictionaries."""
+def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, dict, dict]:
+    """The definition of a network or a part of one, its parameters and batch statistics as plain dictionaries."""
     graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
     return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
 

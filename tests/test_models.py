@@ -445,8 +445,7 @@ def test_remat_changes_neither_values_nor_statistics_nor_gradients(name):
     results = []
     for remat in (False, True):
         model = backbone(name, remat=remat)
-        graphdef, *state = nnx.split(model, nnx.Param, nnx.BatchStat)
-        params, batch_stats = map(nnx.to_pure_dict, state)
+        graphdef, params, batch_stats = split_model(model)
 
         @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
         def run(params, graphdef=graphdef, batch_stats=batch_stats):
@@ -479,14 +478,14 @@ def test_backward_pass_computes_norms_again_and_with_remat_convolutions_too(name
 
 def operations(model: nnx.Module) -> tuple[collections.Counter, collections.Counter]:
     """Of a backbone's forward pass in training mode, and of the gradient of its parameters."""
-    graphdef, params, others = nnx.split(model, nnx.Param, ...)
+    graphdef, params, batch_stats = split_model(model)
     images = jnp.zeros((2, 16, 16, 3))
 
-    def total(params, others):
-        return nnx.merge(graphdef, params, others)(images, train=True).stage4.sum()
+    def total(params, batch_stats):
+        return nnx.merge(graphdef, params, batch_stats)(images, train=True).stage4.sum()
 
     return tuple(
-        collections.Counter(_names(jax.make_jaxpr(function)(params, others).jaxpr))
+        collections.Counter(_names(jax.make_jaxpr(function)(params, batch_stats).jaxpr))
         for function in (total, jax.grad(total))
     )
 

@@ -12,5 +12,6 @@ def options(**overrides) -> ModelOptions:
     return ModelOptions.resolve(section | overrides)
 
 
-def network(num_classes=5, *, seed=0, **overrides) -> PSPNet:
-    return PSPNet(options(**overrides), num_classes, rng=np.random.default_rng(seed))
+def network(num_classes=5, *, seed=0, platform=None, **overrides) -> PSPNet:
+    rng = np.random.default_rng(seed)
+    return PSPNet(options(**overrides), num_classes, rng=rng, platform=platform)

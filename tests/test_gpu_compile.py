@@ -24,7 +24,7 @@ CUDNN = (CONVOLUTION, FUSED, INPUT_GRADIENT, KERNEL_GRADIENT)
 LARGEST_KERNEL = 7  # of any published stem
 
 # Gigabytes that were found, arguments and results included.
-NEEDED_GB = {"step": 8.61, "step_remat": 4.13, "inference": 4.77, "inference_one": 0.48}
+NEEDED_GB = {"step": 7.20, "step_remat": 4.13, "inference": 4.77, "inference_one": 0.48}
 CASES = [*NEEDED_GB, "step_narrow_plain", "inference_narrow_plain"]
 
 
@@ -82,8 +82,9 @@ def test_inference_is_one_call_a_convolution(cases):
 @pytest.mark.slow
 def test_plain_inference_is_not(cases):
     calls = cases["inference_narrow_plain"]["calls"]
-    assert sum(call["kind"] == FUSED for call in calls) == 1  # the classifier has a bias
-    assert sum(call["kind"] == CONVOLUTION for call in calls) == 60
+    # The classifier has a bias, and the map behind the pyramid is added to what its levels give.
+    assert sum(call["kind"] == FUSED for call in calls) == 2
+    assert sum(call["kind"] == CONVOLUTION for call in calls) == 59
 
 
 @pytest.mark.slow

@@ -34,6 +34,7 @@ def default_config() -> ConfigDict:
     data.val_split = "validation"
     data.crop_size = placeholder(tuple)  # (height, width), pixels, by the family's size rule
     data.num_workers = 0  # loader processes; 0 = threads of this one
+    data.unreadable_share_max = 0.001  # of the training images; with more training stops; 0..1
 
     augment = config.augment = ConfigDict()
     augment.recipe = "semseg"  # semseg | mmseg | lextal | none; each has some of these:
@@ -104,6 +105,7 @@ def default_config() -> ConfigDict:
     train.log_every_steps = 50
     train.evaluate_every_steps = 10_000  # and after the last step
     train.checkpoint_every_steps = 1_000  # and at each evaluation
+    train.watchdog_minutes = 30.0  # without a step or an evaluated image, then it ends; 0 = never
 
     evaluate = config.evaluate = ConfigDict()
     evaluate.split = placeholder(str)  # None = data.val_split
@@ -146,6 +148,7 @@ _CONSTRAINTS: dict[str, tuple[Callable, str]] = {
     ),
     "data.crop_size": _PAIR,
     "data.num_workers": _AT_LEAST_0,
+    "data.unreadable_share_max": _FRACTION,
     "augment.recipe": _one_of("semseg", "mmseg", "lextal", "none"),
     "augment.scale_min": _POSITIVE,
     "augment.scale_max": _POSITIVE,
@@ -198,6 +201,7 @@ _CONSTRAINTS: dict[str, tuple[Callable, str]] = {
     "train.log_every_steps": _COUNT,
     "train.evaluate_every_steps": _COUNT,
     "train.checkpoint_every_steps": _COUNT,
+    "train.watchdog_minutes": _AT_LEAST_0,
     "evaluate.protocol": _one_of("whole", "semseg", "caffe", "mmseg-whole", "mmseg-slide", "csail"),
     "evaluate.scales": (
         lambda x: len(x) > 0 and all(0 < v <= 100 for v in x),

@@ -10,7 +10,7 @@ import logging
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +41,7 @@ def evaluate(
     protocol: Protocol,
     batch_size: int,
     canvas_gib: float = 2.0,
+    heard: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Predict every image of a source and count pixels by (true, predicted) class.
 
@@ -50,6 +51,7 @@ def evaluate(
     Args:
         batch_size: windows, or whole images of equal size, that go through together.
         canvas_gib: limit of device memory for class scores of unfinished images, GiB.
+        heard: called after each image, for whoever watches over the time this takes.
     """
     start = time.monotonic()
     part, failure = None, None
@@ -62,6 +64,7 @@ def evaluate(
             canvas_gib=canvas_gib,
             process_index=jax.process_index(),
             num_processes=jax.process_count(),
+            heard=heard,
         )
     except Exception as error:  # the others wait for what this process says
         failure = error
@@ -113,6 +116,7 @@ def evaluate_part(
     canvas_gib: float = 2.0,
     process_index: int = 0,
     num_processes: int = 1,
+    heard: Callable[[], None] = lambda: None,
 ) -> Part:
     """The images process_index, process_index + num_processes, ... of a source."""
     part = Part(np.zeros((segmenter.label_set.num_classes,) * 2, np.int64))
@@ -135,6 +139,7 @@ def evaluate_part(
         for prediction in predictions:
             index, truth = waiting.popleft()
             part.add(index, truth, prediction.class_map)
+            heard()
             if progress:
                 progress.update()
     return part

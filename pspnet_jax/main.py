@@ -2,8 +2,8 @@
 
 * Each verb has its own flags, so `VERB --help` is short and a foreign flag or a leftover word is an error.
 * Nothing heavy is imported before the flags are read.
-* Exit codes: 0 done, 1 a fault in the data, the config or the checkpoint, 2 a fault in the command,
-  130 interrupted.
+* Exit codes: 0 done, 1 a fault in the data, the config, the checkpoint or the machine, 2 a fault in the
+  command, 75 the watchdog ended it, 130 interrupted (Ctrl-C), 143 told to end (SIGTERM).
 """
 
 import difflib
@@ -42,6 +42,7 @@ def _define_train(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_string(
         "workdir", None, "Folder of the run (default: runs/<name>).", flag_values=values
     )
+    _define_distributed(values)
 
 
 def _define_evaluate(values: flags.FlagValues, argv: list[str]) -> None:
@@ -54,6 +55,7 @@ def _define_evaluate(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_string("absent_class", None, "In means: skip or zero.", flag_values=values)
     _define_passes(values)
     _define_output(values, "Folder of the report (default: in the run).")
+    _define_distributed(values)
 
 
 def _define_predict(values: flags.FlagValues, argv: list[str]) -> None:
@@ -360,6 +362,15 @@ def _define_config(values: flags.FlagValues, argv: list[str]) -> None:
     )
 
 
+def _define_distributed(values: flags.FlagValues) -> None:
+    flags.DEFINE_string(
+        "distributed",
+        "auto",
+        "Join other processes: auto (where the environment names several), on or off.",
+        flag_values=values,
+    )
+
+
 def _define_checkpoint(values: flags.FlagValues) -> None:
     flags.DEFINE_string("checkpoint", None, "Folder of a run.", flag_values=values)
     flags.DEFINE_string(
@@ -460,28 +471,45 @@ def _required(values: flags.FlagValues, name: str) -> Any:
 
 
 def _run(verb: Verb, values: flags.FlagValues, words: list[str]) -> int:
-    from pspnet_jax import programs
-    from pspnet_jax.checkpoint import CorruptCheckpointError
+    from pspnet_jax import processes, programs
     from pspnet_jax.metric_writer import log, log_to
 
     log_to(None)
     programs.keep()
     try:
+        if "distributed" in values:
+            processes.meet(_value(values, "distributed"))
         verb.run(values, words)
-    except flags.ValidationError as error:
-        return _fail(2, f"{error}\n\nusage: {verb.usage}")
-    except (ValueError, OSError, CorruptCheckpointError) as error:
+        return 0
+    except BaseException as error:
         # The place in the code is for log.txt; whoever typed the command needs the sentence.
         log.debug("stopped by", exc_info=True)
-        return _fail(1, str(error))
-    except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        code, message = _reason(error, verb)
+        if code is None:
             raise
-        log.debug("stopped by", exc_info=True)
-        return _fail(1, f"out of memory: {_LESS_MEMORY[verb is VERBS['train']]}\n{error}")
-    except KeyboardInterrupt:
-        return _fail(130, f"interrupted; {verb.after_interrupt}")
-    return 0
+        log.debug("exit code %d: %s", code, message)
+        _fail(code, message)
+        processes.leave(code)
+        return code
+
+
+def _reason(error: BaseException, verb: Verb) -> tuple[int | None, str]:
+    """Exit code and message of what ended a verb; (None, '') for a fault of ours, whose traceback helps."""
+    from pspnet_jax.checkpoint import CorruptCheckpointError
+    from pspnet_jax.termination import EXIT_CODE, Terminated
+
+    match error:
+        case flags.ValidationError():
+            return 2, f"{error}\n\nusage: {verb.usage}"
+        case ValueError() | OSError() | CorruptCheckpointError():
+            return 1, str(error)
+        case RuntimeError() if "RESOURCE_EXHAUSTED" in str(error):
+            return 1, f"out of memory: {_LESS_MEMORY[verb is VERBS['train']]}\n{error}"
+        case KeyboardInterrupt():
+            return 130, f"interrupted; {verb.after_interrupt}"
+        case Terminated():
+            return EXIT_CODE, f"told to end by SIGTERM {error}".rstrip() + f"; {verb.after_interrupt}"
+    return None, ""
 
 
 def _explain(error: Exception, argv: list[str]) -> str:

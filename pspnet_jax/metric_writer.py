@@ -272,7 +272,7 @@ class _Console(logging.StreamHandler):
         super().emit(record)
 
 
-def log_to(path: Path | None) -> None:
+def log_to(path: Path | None, *, console_level: int = logging.INFO) -> None:
     """Send the package's messages to standard output and, where given, to a file."""
     log.setLevel(logging.DEBUG)
     log.propagate = False
@@ -280,7 +280,7 @@ def log_to(path: Path | None) -> None:
         log.removeHandler(handler)
         handler.close()
     console = _Console(sys.stdout)
-    console.setLevel(logging.INFO)
+    console.setLevel(console_level)
     console.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(console)
     if path is not None:

@@ -9,9 +9,15 @@
 import dataclasses
 import json
 import logging
+import os
+import platform
+import shlex
+import socket
+import sys
 from collections.abc import Callable, Generator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -22,7 +28,7 @@ from flax import nnx, serialization
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from pspnet_jax import check, evaluate, parallel, passes, programs, protocols
+from pspnet_jax import check, evaluate, folder_lock, parallel, passes, programs, protocols
 from pspnet_jax import config as config_module
 from pspnet_jax.arrays import Batch
 from pspnet_jax.catalog import LabelSet, load_label_set
@@ -34,7 +40,7 @@ from pspnet_jax.checkpoint import (
     digest,
     flatten,
 )
-from pspnet_jax.data import transforms
+from pspnet_jax.data import transforms, unreadable
 from pspnet_jax.data.pipeline import Source, training_batches
 from pspnet_jax.losses import LossOptions
 from pspnet_jax.metric_writer import MetricWriter, TrainingProgress, log_to, write_whole
@@ -52,6 +58,7 @@ from pspnet_jax.pretrained import start_from
 from pspnet_jax.protocols import Protocol
 from pspnet_jax.report import summary, write_report
 from pspnet_jax.segmenter import Description, Provenance, Segmenter, model_part
+from pspnet_jax.termination import Terminated, Termination
 from pspnet_jax.train_step import (
     Metrics,
     TrainState,
@@ -59,8 +66,12 @@ from pspnet_jax.train_step import (
     create_train_state,
     make_train_step,
 )
+from pspnet_jax.watchdog import Watchdog
 
 log = logging.getLogger("pspnet_jax")
+
+LOG_FILE = "log.txt"
+_LIBRARIES = ("pspnet_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 # How a network is computed, not what it is: these may change when a run goes on.
 _CHANGEABLE_OPTIONS = ("dtype", "remat", "frozen_norm", "initializer", "dropout_rate")
@@ -80,13 +91,25 @@ def train(config: ConfigDict, workdir: Path) -> Path:
         ValueError: for a fault in the config or the data, or a folder that holds another network.
     """
     run = compose(config, workdir)
-    run.look_at_data()
-    state = run.resume_or_start()
-    run.write_config()
-    run.announce()
+    is_first = jax.process_index() == 0
+    with folder_lock.held(workdir) if is_first else nullcontext():
+        log_to(workdir / LOG_FILE) if is_first else log_to(
+            workdir / f"log-{jax.process_index()}.txt", console_level=logging.WARNING
+        )
+        run.look_at_data()
+        state = run.resume_or_start()
+        run.write_config()
+        run.announce()
+        _loop(run, state)
+    return run.evaluation_folder(run.config.train.num_steps)
+
+
+def _loop(run: "Run", state: TrainState) -> None:
     num_steps = run.config.train.num_steps
     first_step = int(state.step)
     with (
+        Termination() as termination,
+        run.watchdog() as watchdog,
         run.checkpoints,
         run.logging(first_step=first_step) as progress,
         closing(run.batches(first_step=first_step)) as batches,
@@ -95,12 +118,20 @@ def train(config: ConfigDict, workdir: Path) -> Path:
             batch = parallel.shard_batch(next(batches), run.mesh)
             state, metrics = run.train_step(state, batch)
             progress.log(step, metrics)
-            mean_iou = run.evaluate(step, state, progress) if run.evaluates_at(step) else None
+            watchdog.hear()
+            mean_iou = None
+            if run.evaluates_at(step):
+                with termination.raised():
+                    mean_iou = run.evaluate(step, state, progress, heard=watchdog.hear)
             if run.saves_at(step):
                 run.save(step, state, mean_iou)
-        if not (run.evaluation_folder(num_steps) / "report.json").exists():
-            run.evaluate(num_steps, state, progress)
-    return run.evaluation_folder(num_steps)
+            if termination.stops_after(step):
+                if not run.saves_at(step):
+                    run.save(step, state, None)
+                raise Terminated(f"after step {step}, which is saved")
+        if not run.has_report(num_steps):
+            with termination.raised():
+                run.evaluate(num_steps, state, progress, heard=watchdog.hear)
 
 
 @dataclass(frozen=True)
@@ -108,6 +139,8 @@ class Run:
     """The parts of a run, put together by `compose`."""
 
     config: ConfigDict
+    what_was_scaled: str | None
+    """By `train.recipe_batch_size`, in words."""
     workdir: Path
     description: Description
     mesh: Mesh
@@ -120,14 +153,21 @@ class Run:
     checkpoints: CheckpointFolder
 
     def batches(self, *, first_step: int) -> Generator[Batch, None, None]:
-        return training_batches(
-            self.source,
+        data = self.config.data
+        color = self.description.normalization.mean_color
+        source = unreadable.Tolerant(self.source, size=data.crop_size, color=color)
+        batches = training_batches(
+            source,
             self.augment,
             global_batch_size=self.config.train.global_batch_size,
             seed=self.config.seed,
             first_step=first_step,
-            num_workers=self.config.data.num_workers,
+            num_workers=data.num_workers,
         )
+        with closing(batches):
+            yield from unreadable.watched(
+                batches, source, share_max=data.unreadable_share_max
+            )
 
     def logging(self, *, first_step: int) -> TrainingProgress:
         options = self.config.train
@@ -137,6 +177,12 @@ class Run:
             num_steps=options.num_steps,
             log_every_steps=options.log_every_steps,
             images_per_step=options.global_batch_size,
+        )
+
+    def watchdog(self) -> Watchdog:
+        return Watchdog(
+            60 * self.config.train.watchdog_minutes,
+            advice="the same command goes on from the last checkpoint (train.watchdog_minutes)",
         )
 
     def evaluates_at(self, step: int) -> bool:
@@ -155,19 +201,33 @@ class Run:
             label_set=self.description.label_set,
         )
 
-    def evaluate(self, step: int, state: TrainState, progress: TrainingProgress) -> float:
+    def has_report(self, step: int) -> bool:
+        """Whether it was evaluated before; every process is told what the first one sees."""
+        found = (self.evaluation_folder(step) / "report.json").exists()
+        return parallel.gather(bytes([found]))[0] == b"\x01"
+
+    def evaluate(
+        self,
+        step: int,
+        state: TrainState,
+        progress: TrainingProgress,
+        *,
+        heard: Callable[[], None],
+    ) -> float:
         """Write the report of the parameters at hand; returns the mean IoU.
 
         Where that fails or is interrupted (an unreadable mask, Ctrl-C), the step is saved first: nothing
         learned is lost.
         """
         try:
-            return self._evaluate(step, state, progress)
+            return self._evaluate(step, state, progress, heard)
         except BaseException:
             self.save(step, state, None)
             raise
 
-    def _evaluate(self, step: int, state: TrainState, progress: TrainingProgress) -> float:
+    def _evaluate(
+        self, step: int, state: TrainState, progress: TrainingProgress, heard: Callable[[], None]
+    ) -> float:
         model = model_part(self.description, state.params, state.batch_stats)
         segmenter = Segmenter(
             self.description,
@@ -181,6 +241,7 @@ class Run:
             protocol=self.description.protocol,
             batch_size=self.config.evaluate.batch_size,
             canvas_gib=self.config.evaluate.canvas_gib,
+            heard=heard,
         )
         folder = self.evaluation_folder(step)
         write_report(
@@ -281,9 +342,21 @@ class Run:
 
     def announce(self) -> None:
         """Say what is trained on what; the first step is silent for as long as it compiles."""
+        log.debug("command: %s", shlex.join(sys.argv))
+        log.debug(
+            "process %d of %d (%d on %s); Python %s, %s",
+            jax.process_index(),
+            jax.process_count(),
+            os.getpid(),
+            socket.gethostname(),
+            platform.python_version(),
+            ", ".join(f"{name} {metadata.version(name)}" for name in _LIBRARIES),
+        )
+        if self.what_was_scaled:
+            log.info("%s", self.what_was_scaled)
         options, device = self.description.model, jax.devices()[0]
-        platform = parallel.platform_of(self.mesh)
-        _, params, _ = passes.structure(self.description.network(platform=platform))
+        network = self.description.network(platform=parallel.platform_of(self.mesh))
+        _, params, _ = passes.structure(network)
         num_parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
         log.info(
             "%s: %s %s of width %d, %s parameters; %d classes of '%s'; %d images, %d to evaluate on; "
@@ -368,11 +441,9 @@ def compose(config: ConfigDict, workdir: Path) -> Run:
         accumulate_steps=config.train.accumulate_steps,
         seed=config.seed,
     )
-    log_to(workdir / "log.txt")
-    if what_was_scaled:
-        log.info("%s", what_was_scaled)
     return Run(
         config=config,
+        what_was_scaled=what_was_scaled,
         workdir=workdir,
         description=description,
         mesh=mesh,

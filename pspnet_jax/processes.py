@@ -1,0 +1,112 @@
+"""The processes of a training on several machines: whether there are any, and how they meet.
+
+* A process learns of the others from variables of its environment: those of SLURM, Open MPI or a TPU slice,
+  which JAX reads itself, or `JAX_COORDINATOR_ADDRESS` (host:port of process 0), `JAX_NUM_PROCESSES` and
+  `JAX_PROCESS_ID`.
+* All of this happens before JAX looks for devices.
+"""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Mapping
+
+import jax
+
+log = logging.getLogger("pspnet_jax")
+
+MODES = ("auto", "on", "off")
+MEETING_SECONDS = 300
+"""How long a process waits for the others at the start."""
+HEARTBEAT_SECONDS = 100
+"""After so long without a sign of life of one process JAX ends the others."""
+
+_ALL_END_WITH = (0, 128 + signal.SIGTERM)
+_OWN = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+# What JAX needs to know all of a launcher's processes, and which of it is their number. An interactive shell
+# of SLURM or its batch script has only some of it: nothing was launched there.
+_LAUNCHERS = {
+    "SLURM": (
+        ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"),
+        "SLURM_NTASKS",
+    ),
+    "Open MPI": (("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_RANK"), "OMPI_COMM_WORLD_SIZE"),
+}
+_TPU_HOSTS = "TPU_WORKER_HOSTNAMES"
+
+
+def meet(mode: str, *, seconds: int = MEETING_SECONDS) -> None:
+    """Join the other processes, where there are any.
+
+    Args:
+        mode: 'auto': where the environment names several; 'on': always; 'off': never.
+        seconds: to wait for them.
+
+    Raises:
+        ValueError: for another mode, or variables that are missing or no numbers.
+        ConnectionError: where the others do not come, naming the address.
+    """
+    if mode not in MODES:
+        raise ValueError(f"--distributed={mode} is not one of {', '.join(MODES)}")
+    if mode == "off" or (mode == "auto" and num_processes(os.environ) < 2):
+        return
+    known = _own_variables(os.environ)
+    address = known.get("coordinator_address", "the address its launcher names")
+    log.info("meeting the other processes at %s, for at most %d s", address, seconds)
+    jax.config.update("jax_enable_preemption_service", True)
+    try:
+        jax.distributed.initialize(
+            **known, initialization_timeout=seconds, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"--distributed={mode}: {error} Start each process with {', '.join(_OWN)}, or by srun, mpirun "
+            "or on every host of a TPU slice"
+        ) from error
+    except RuntimeError as error:
+        found = jax._src.distributed.global_state.coordinator_address or address
+        first_line = str(error).strip().splitlines()[0]
+        raise ConnectionError(
+            f"the processes did not meet at {found} within {seconds} s: is process 0 running, can this "
+            f"machine reach that address, were all of them started? ({first_line})"
+        ) from error
+    log.info("process %d of %d", jax.process_index(), jax.process_count())
+
+
+def num_processes(environment: Mapping[str, str]) -> int:
+    """How many processes were launched together, as far as the environment says; 1 where it says nothing."""
+    if all(name in environment for name in _OWN):
+        return _number(environment, "JAX_NUM_PROCESSES")
+    for needed, count in _LAUNCHERS.values():
+        if count in environment and all(name in environment for name in needed):
+            return _number(environment, count)
+    return len(environment.get(_TPU_HOSTS, "").split(","))
+
+
+def _own_variables(environment: Mapping[str, str]) -> dict[str, str | int]:
+    """Those of `_OWN` that are set, as arguments of `jax.distributed.initialize`."""
+    known: dict[str, str | int] = {}
+    if _OWN[0] in environment:
+        known["coordinator_address"] = environment[_OWN[0]]
+    for variable, argument in zip(_OWN[1:], ("num_processes", "process_id"), strict=True):
+        if variable in environment:
+            known[argument] = _number(environment, variable)
+    return known
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    try:
+        return int(environment[name])
+    except ValueError:
+        raise ValueError(f"{name}={environment[name]} is not a number") from None
+
+
+def leave(code: int) -> None:
+    """End this process at once where others wait for it in a collective: an orderly end would wait for them."""
+    if jax.distributed.is_initialized() and code not in _ALL_END_WITH:
+        for handler in log.handlers:
+            handler.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

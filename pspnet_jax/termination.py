@@ -1,0 +1,70 @@
+"""SIGTERM during training: the notice of a scheduler that the machine will be taken away.
+
+* The step at hand is finished and saved; then the process ends with exit code 143.
+* Of several processes all stop after the same step, whichever of them was told: JAX's preemption service
+  lets them agree on it.
+* A second SIGTERM ends the process at once.
+"""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import jax
+from jax.experimental import multihost_utils
+
+EXIT_CODE = 128 + signal.SIGTERM
+
+
+class Terminated(BaseException):
+    """The process was told to end. Like KeyboardInterrupt it is not an error that anything handles."""
+
+
+class Termination:
+    """Hears SIGTERM; a context manager that puts back what heard it before."""
+
+    def __init__(self):
+        self._is_asked = False
+        self._raises = False
+        self._before: object = None
+
+    def __enter__(self) -> "Termination":
+        # With several processes JAX listens; only the main thread can.
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._hear)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+            self._before = None
+
+    def stops_after(self, step: int) -> bool:
+        """Whether to save and end now. Every process calls this after each step."""
+        if jax.process_count() > 1:
+            self._is_asked = multihost_utils.reached_preemption_sync_point(step)
+            if self._is_asked:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        return self._is_asked
+
+    @contextmanager
+    def raised(self) -> Iterator[None]:
+        """Inside, between two steps and for as long as it takes, SIGTERM raises `Terminated` where it is heard.
+
+        Of several processes each goes on to its next step, where they agree.
+        """
+        self._raises = True
+        try:
+            if self._is_asked:
+                raise Terminated
+            yield
+        finally:
+            self._raises = False
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self._is_asked = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if self._raises:
+            raise Terminated

@@ -1,0 +1,210 @@
+"""Several processes: found in the environment, one training, one end."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pspnet_jax import processes
+from pspnet_jax.checkpoint import CheckpointFolder
+
+from pictures import write_split
+
+BUDGET_SECONDS = 240
+
+ROOT = Path(__file__).parent.parent
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "node[1-2]",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+}
+
+
+@pytest.mark.parametrize(
+    ("environment", "count"),
+    [
+        ({}, 1),
+        (SLURM | {"SLURM_NTASKS": "16"}, 16),
+        # sbatch's own script, where nothing was launched by srun.
+        ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "16"}, 1),
+        ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"}, 4),
+        ({"TPU_WORKER_HOSTNAMES": "a,b,c"}, 3),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, 1),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, 2),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, 1),
+    ],
+)  # fmt: skip
+def test_processes_are_counted(environment, count):
+    assert processes.num_processes(environment) == count
+
+
+def test_unknown_modes_and_numbers_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match="--distributed=yes is not one of auto, on, off"):
+        processes.meet("yes")
+    for name, value in (("JAX_COORDINATOR_ADDRESS", "a:1"), ("JAX_NUM_PROCESSES", "two"), ("JAX_PROCESS_ID", "0")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="JAX_NUM_PROCESSES=two is not a number"):
+        processes.meet("auto")
+    processes.meet("off")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("camvid")
+    write_split(root, "train", 5)
+    write_split(root, "val", 3)
+    return root
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def start(data, workdir, *, index=0, count=1, devices=2, port=0, **options) -> subprocess.Popen:
+    """One process of a training of the tiny network."""
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_PLATFORMS": "cpu",
+    }
+    if count > 1:
+        environment |= {
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+            "JAX_NUM_PROCESSES": str(count),
+            "JAX_PROCESS_ID": str(index),
+        }
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "pspnet_jax.main",
+            f"--config={ROOT / 'tests' / 'tiny_config.py'}",
+            f"--config.data.root={data}",
+            f"--workdir={workdir}",
+            *(f"--config.{name.replace('__', '.')}={value}" for name, value in options.items()),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+    )
+
+
+def start_two(data, workdir, **options) -> list[subprocess.Popen]:
+    port = free_port()
+    return [start(data, workdir, index=i, count=2, port=port, **options) for i in range(2)]
+
+
+def finish(running, *, seconds=180) -> list[tuple[int, str]]:
+    """Exit code and output of each; none outlives the test."""
+    try:
+        outputs = [process.communicate(timeout=seconds)[0] for process in running]
+        return [(process.returncode, text) for process, text in zip(running, outputs, strict=True)]
+    finally:
+        for process in running:
+            process.kill()
+
+
+def rows(workdir) -> list[dict]:
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "timing"} for line in lines]
+
+
+def test_two_processes_train_what_one_trains(data, tmp_path):
+    """Losses, gradients and statistics of four devices; the report counts the images of both."""
+    ((code, text),) = finish([start(data, tmp_path / "one", devices=4)])
+    assert code == 0, text
+    for code, text in finish(start_two(data, tmp_path / "two")):
+        assert code == 0, text
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    assert [row.keys() for row in one] == [row.keys() for row in two]
+    for a, b in zip(one, two, strict=True):
+        for name in a:
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), (a["step"], name)
+    checkpoints = [
+        CheckpointFolder(tmp_path / name / "checkpoints").load(6, "model")["batch_stats"]
+        for name in ("one", "two")
+    ]
+    first, second = (tree["backbone"]["stem"]["norm1"]["mean"] for tree in checkpoints)
+    np.testing.assert_allclose(first, second, rtol=1e-4)
+    assert (tmp_path / "two" / "log-1.txt").is_file()
+
+
+def wait_for_step(workdir, step, *, seconds=120):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        path = workdir / "metrics.jsonl"
+        if path.exists() and any(row["step"] >= step for row in rows(workdir)):
+            return
+        time.sleep(0.1)
+    raise TimeoutError(f"no step {step} within {seconds} s")
+
+
+ENDLESS = {
+    "train__num_steps": 100_000,
+    "train__evaluate_every_steps": 1_000_000,
+    "train__checkpoint_every_steps": 1_000_000,
+}
+
+
+def test_told_one_both_save_the_same_step_and_end(data, tmp_path):
+    running = start_two(data, tmp_path, **ENDLESS)
+    try:
+        wait_for_step(tmp_path, 2)
+        running[1].send_signal(signal.SIGTERM)
+    except BaseException:
+        finish(running, seconds=1)
+        raise
+    ended = finish(running)
+    assert [code for code, _ in ended] == [143, 143], ended
+    (step,) = CheckpointFolder(tmp_path / "checkpoints").steps()
+    for _, text in ended:
+        assert f"told to end by SIGTERM after step {step}, which is saved" in text
+
+
+def test_a_stopped_peer_is_noticed(data, tmp_path):
+    running = start_two(data, tmp_path, train__watchdog_minutes=0.25, **ENDLESS)
+    try:
+        wait_for_step(tmp_path, 2)
+        running[1].send_signal(signal.SIGSTOP)
+        (code, text), = finish(running[:1], seconds=60)
+    finally:
+        running[1].kill()
+    assert code == 75
+    assert "nothing was done for 15 s" in text
+    assert "thread MainThread" in text
+
+
+def test_peers_that_do_not_come_are_an_error_with_the_address():
+    script = (
+        "from pspnet_jax import processes, main, metric_writer\n"
+        "metric_writer.log_to(None)\n"
+        "try:\n    processes.meet('on', seconds=3)\n"
+        "except ConnectionError as error:\n    print(error); raise SystemExit(7)\n"
+    )
+    port = free_port()
+    environment = os.environ | {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PLATFORMS": "cpu",
+    }
+    for index in ("0", "1"):
+        ran = subprocess.run(
+            [sys.executable, "-c", script],
+            env=environment | {"JAX_PROCESS_ID": index},
+            capture_output=True,
+            text=True,
+            timeout=90,
+        )
+        assert ran.returncode == 7, ran
+        assert f"did not meet at 127.0.0.1:{port} within 3 s" in ran.stdout

@@ -1,0 +1,70 @@
+"""SIGTERM: one step more, a checkpoint, code 143; a second one at once; the same command goes on."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from pspnet_jax.checkpoint import CheckpointFolder
+from pspnet_jax.termination import Terminated, Termination
+
+from pictures import write_split
+from test_processes import ENDLESS, finish, rows, start, wait_for_step
+
+BUDGET_SECONDS = 120
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("camvid")
+    write_split(root, "train", 5)
+    write_split(root, "val", 3)
+    return root
+
+
+def test_the_step_at_hand_is_saved_and_the_same_command_goes_on(data, tmp_path):
+    running = start(data, tmp_path, **ENDLESS)
+    try:
+        wait_for_step(tmp_path, 4)
+        running.send_signal(signal.SIGTERM)
+    except BaseException:
+        running.kill()
+        raise
+    ((code, text),) = finish([running])
+    assert code == 143, text
+    (step,) = CheckpointFolder(tmp_path / "checkpoints").steps()
+    assert f"told to end by SIGTERM after step {step}, which is saved; the same command" in text
+    log = (tmp_path / "log.txt").read_text()
+    assert f"exit code 143: told to end by SIGTERM after step {step}" in log
+    assert step - 2 < rows(tmp_path)[-1]["step"] <= step
+    ((code, text),) = finish([start(data, tmp_path, **ENDLESS | {"train__num_steps": step + 1})])
+    assert code == 0, text
+    assert f"resuming from step {step}" in text
+
+
+def signal_this_process():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.01)
+
+
+def test_it_waits_for_the_end_of_a_step_and_a_second_one_ends_at_once():
+    before = signal.getsignal(signal.SIGTERM)
+    with Termination() as termination:
+        assert not termination.stops_after(1)
+        signal_this_process()
+        assert termination.stops_after(2)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_between_two_steps_it_is_raised():
+    with Termination() as termination:
+        with pytest.raises(Terminated), termination.raised():
+            signal_this_process()
+            raise AssertionError("not raised")
+        with pytest.raises(Terminated), termination.raised():  # what was missed is raised here
+            raise AssertionError("not raised")
+        assert termination.stops_after(1)
+
+

@@ -304,7 +304,7 @@ def agreement(launcher: Launcher, task: Task) -> dict[str, dict]:
 
 def data_rates(launcher: Launcher, *, crop: int, rounds: int) -> dict:
     """Images a second of the input pipeline by number of loader processes, or the error."""
-    task = Task("benchmark_jax", OURS, "data", "cpu", batch=rounds, crop=crop)
+    task = Task("benchmark_jax", OURS, "data", "cpu", rounds=rounds, crop=crop)
     try:
         with launcher.start(task) as worker:
             return {"crop": crop, "images_per_second": worker.facts["images_per_second"]}

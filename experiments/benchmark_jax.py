@@ -155,7 +155,7 @@ def data(task: Task) -> Prepared:
     num_batches = 2 if task.crop < 100 else 20
     with tempfile.TemporaryDirectory() as folder:
         benchmark_data.paint(Path(folder), 32)
-        for _ in range(task.batch):
+        for _ in range(task.rounds):
             for workers, found in rates.items():
                 crop = (task.crop, task.crop)
                 found.append(benchmark_data.rate(folder, int(workers), num_batches, crop=crop))

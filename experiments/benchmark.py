@@ -146,7 +146,7 @@ def peak_of(launcher: Launcher, task: Task) -> int | None:
     """The highest memory, bytes, of a process that finds everything compiled: of the device's
     allocator where there is one, else of the process; None where it failed."""
     try:
-        with launcher.start(task) as worker:
+        with launcher.start(dataclasses.replace(task, is_counted=False)) as worker:
             facts = worker.measure()
     except WorkerError as error:
         _tell(task, task.column, f"memory is not known: {error}")

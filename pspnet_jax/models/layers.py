@@ -9,7 +9,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -359,8 +359,8 @@ def run(blocks: Sequence[Block], x: Features, *, train: bool, remat: bool) -> Fe
     return y
 
 
-def _run_block(graphdef: nnx.GraphDef, state: nnx.State, x: Features) -> tuple[Features, nnx.State]:
-    """In training; with the batch statistics after it."""
+def _run_block(graphdef: nnx.GraphDef, state: Any, x: Features) -> tuple[Features, Any]:
+    """A block in training, of its definition and `nnx.State`; with the batch statistics after it."""
     block = nnx.merge(graphdef, state)
     return block(x, train=True), nnx.state(block, nnx.BatchStat)
 

@@ -146,7 +146,7 @@ def peak_of(launcher: Launcher, task: Task) -> int | None:
     """The highest memory, bytes, of a process that finds everything compiled: of the device's
     allocator where there is one, else of the process; None where it failed."""
     try:
-        with launcher.start(task) as worker:
+        with launcher.start(dataclasses.replace(task, is_counted=False)) as worker:
             facts = worker.measure()
     except WorkerError as error:
         _tell(task, task.column, f"memory is not known: {error}")
@@ -304,7 +304,7 @@ def agreement(launcher: Launcher, task: Task) -> dict[str, dict]:
 
 def data_rates(launcher: Launcher, *, crop: int, rounds: int) -> dict:
     """Images a second of the input pipeline by number of loader processes, or the error."""
-    task = Task("benchmark_jax", OURS, "data", "cpu", batch=rounds, crop=crop)
+    task = Task("benchmark_jax", OURS, "data", "cpu", rounds=rounds, crop=crop)
     try:
         with launcher.start(task) as worker:
             return {"crop": crop, "images_per_second": worker.facts["images_per_second"]}

@@ -81,7 +81,7 @@ def forward(task: Task) -> Prepared:
         )
 
     arguments = (params, batch_stats, images)
-    compiled, facts = compile_(jax.jit(logits_of), *arguments)
+    compiled, facts = compile_(task, jax.jit(logits_of), *arguments)
     return Prepared(
         functools.partial(compiled, *arguments), jax.block_until_ready, lambda: facts | peak()
     )
@@ -155,7 +155,7 @@ def data(task: Task) -> Prepared:
     num_batches = 2 if task.crop < 100 else 20
     with tempfile.TemporaryDirectory() as folder:
         benchmark_data.paint(Path(folder), 32)
-        for _ in range(task.batch):
+        for _ in range(task.rounds):
             for workers, found in rates.items():
                 crop = (task.crop, task.crop)
                 found.append(benchmark_data.rate(folder, int(workers), num_batches, crop=crop))
@@ -175,7 +175,7 @@ def lower_and_compile(function: Callable, *arguments: object) -> Callable:
 
 
 def compile_(
-    function: Callable, *arguments: object, compiler: Callable = lower_and_compile
+    task: Task, function: Callable, *arguments: object, compiler: Callable = lower_and_compile
 ) -> tuple[Callable, dict]:
     """The compiled function, and what XLA says of it."""
     start = time.perf_counter()
@@ -184,8 +184,9 @@ def compile_(
     plan = compiled.memory_analysis()
     if plan is not None:
         facts["temporary_bytes"] = plan.temp_size_in_bytes
-    facts["xla_flops"] = (compiled.cost_analysis() or {}).get("flops")
-    facts["traced_macs"] = benchmark_counts.program_macs(function, *arguments)
+    if task.is_counted:
+        facts["xla_flops"] = (compiled.cost_analysis() or {}).get("flops")
+        facts["traced_macs"] = benchmark_counts.program_macs(function, *arguments)
     return compiled, facts
 
 
@@ -219,7 +220,8 @@ def _compiled_step(task: Task) -> tuple[Callable, dict, TrainState, Batch]:
     batch = parallel.shard_batch(Batch(images, labels, index, valid), mesh)
     state = jax.device_put(create_train_state(model, optimizer), parallel.replicated(mesh))
     compiler = functools.partial(programs.compile_step, platform=parallel.platform_of(mesh))
-    return (*compile_(split_step(step, mesh), state, batch, compiler=compiler), state, batch)
+    compiled, facts = compile_(task, split_step(step, mesh), state, batch, compiler=compiler)
+    return compiled, facts, state, batch
 
 
 def _nothing_to_run(facts: dict) -> Prepared:

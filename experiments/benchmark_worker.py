@@ -52,6 +52,10 @@ class Task:
     """Long side of the image at scale 1, pixels."""
     semseg: str = ""
     """Checkout of the authors' code, for their module."""
+    rounds: int = 1
+    """Of what takes its turns within one process: the input pipeline."""
+    is_counted: bool = True
+    """Whether operations of the compiled program are counted, which takes memory."""
     devices: int = 1
     """Over which the batch is split."""
 

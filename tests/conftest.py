@@ -1,7 +1,7 @@
 """Rules of the whole suite: eight CPU devices, strict ranks, cached compilations, seconds per module."""
 
 import os
-import time
+import re
 from pathlib import Path
 
 CACHE = Path(__file__).parent.parent / ".jax_cache"
@@ -11,20 +11,18 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
-import pytest  # noqa: E402
 
 _seconds: dict[str, float] = {}
 _budgets: dict[str, float] = {}
 
 
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_protocol(item, nextitem):
+def pytest_runtest_logreport(report):
     """Add up the seconds of each test module."""
-    start = time.monotonic()
-    yield
-    name = item.module.__name__
-    _seconds[name] = _seconds.get(name, 0.0) + time.monotonic() - start
-    _budgets[name] = item.module.BUDGET_SECONDS
+    path = Path(report.nodeid.split("::")[0])
+    if path.stem not in _budgets:
+        text = (Path(__file__).parent / path.name).read_text()
+        _budgets[path.stem] = float(re.search(r"^BUDGET_SECONDS = (\d+)", text, re.MULTILINE)[1])
+    _seconds[path.stem] = _seconds.get(path.stem, 0.0) + report.duration
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -36,6 +34,8 @@ def pytest_terminal_summary(terminalreporter):
 
 def pytest_sessionfinish(session, exitstatus):
     """A module over its budget fails the session: slow suites are not run."""
+    if hasattr(session.config, "workerinput"):
+        return  # of several processes the first one hears of all tests
     over = [name for name, seconds in _seconds.items() if seconds > _budgets[name]]
     if over and exitstatus == 0:
         print(f"\nover their budget of seconds: {', '.join(over)}")

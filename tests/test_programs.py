@@ -3,8 +3,12 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import jax
 import pytest
+
+from pspnet_jax import programs
 
 BUDGET_SECONDS = 40
 
@@ -59,3 +63,23 @@ def test_settings_of_jax_come_first(tmp_path, setting, folder):
 def test_a_home_that_cannot_be_written_is_no_error(tmp_path):
     (tmp_path / "file").write_text("")
     assert compile_in_a_new_process(XDG_CACHE_HOME=str(tmp_path / "file")) == ["0", "None"]
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_compiling_a_step_gives_freed_memory_back():
+    """What was freed below the last thing allocated stays with the process otherwise."""
+    jitted = jax.jit(lambda state, batch: state + batch)
+    heap = [bytes(1000) for _ in range(200_000)]
+    last = heap[-1]
+    before = resident_bytes()
+    del heap
+    kept = resident_bytes()
+    compiled = programs.compile_step(jitted, 1.0, 2.0, platform="cpu")
+    assert before - kept < 100e6
+    assert before - resident_bytes() > 150e6
+    assert compiled(1.0, 2.0) == 3.0
+    assert len(last) == 1000

@@ -113,14 +113,14 @@ class DenseNet(nnx.Module):
         self.stage4_channels = channels
 
     def __call__(self, x: Features, *, train: bool) -> BackboneFeatures:
-        x = run(self.stem, x, train=train, remat=self.remat)
+        x = run([self.stem], x, train=train, remat=self.remat)
         maps = []
         for k, num_layers in enumerate(self.num_layers, start=1):
             for i in range(num_layers):
                 layer = getattr(self, f"layer{k}_{i}")
-                new = run(layer, x, train=train, remat=self.remat)
+                new = run([layer], x, train=train, remat=self.remat)
                 x = jnp.concatenate([x, new], axis=-1)
             if k < len(self.num_layers):
-                x = run(getattr(self, f"transition{k}"), x, train=train, remat=self.remat)
+                x = run([getattr(self, f"transition{k}")], x, train=train, remat=self.remat)
             maps.append(x)
         return BackboneFeatures(maps[2], maps[3])

@@ -9,7 +9,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,8 @@ from pspnet_jax.resample import Pair, Platform
 Vectors = Float[jax.Array, "batch _channels"]
 """One vector per image."""
 RandomNumbers = np.random.Generator
+Block = Callable[..., Features]
+"""A module: (map, train=...) -> map."""
 _STORED = ("convolution", "statistics")  # what `run` stores of a block
 
 
@@ -327,25 +329,40 @@ def average_pool(x: Features) -> Features:
     return cells.mean(axis=(2, 4), dtype=jnp.promote_types(x.dtype, jnp.float32)).astype(x.dtype)
 
 
-def run(block: Callable[..., Features], x: Features, *, train: bool, remat: bool) -> Features:
-    """block(x, train=train), of whose inner maps only the results of convolutions are stored for the backward
-    pass: norms and activations are computed again from them, which is little work and saves half the memory.
-    With `remat` no inner map is stored.
+def run(blocks: Sequence[Block], x: Features, *, train: bool, remat: bool) -> Features:
+    """x through blocks, one after the other.
+
+    Of all maps only the results of convolutions are stored for the backward pass; norms, activations and sums
+    are computed again from them, which is little work and takes half the memory. With `remat` only what goes
+    from block to block is stored.
     """
     if not train:
-        return block(x, train=False)
-    graphdef, state = nnx.split(block)
+        return functools.reduce(lambda x, block: block(x, train=False), blocks, x)
     policies = jax.checkpoint_policies
-    policy = policies.nothing_saveable if remat else policies.save_only_these_names(*_STORED)
+    stored = policies.nothing_saveable if remat else policies.save_only_these_names(*_STORED)
+    graphdefs, states = zip(*map(nnx.split, blocks), strict=True)
 
-    @functools.partial(jax.checkpoint, policy=policy)
-    def again(state, x):
-        block = nnx.merge(graphdef, state)
-        return block(x, train=True), nnx.state(block, nnx.BatchStat)
+    def through(states, x: Features):
+        statistics = []
+        for graphdef, state in zip(graphdefs, states, strict=True):
+            block = functools.partial(_run_block, graphdef)
+            x, moved = jax.checkpoint(block, policy=stored)(state, x)
+            statistics.append(moved)
+        return x, statistics
 
-    y, statistics = again(state, x)
-    nnx.update(block, statistics)
+    if not remat and len(blocks) > 1:
+        # What goes from block to block is made again, too, when the backward pass comes to these blocks.
+        through = jax.checkpoint(through, policy=stored)
+    y, statistics = through(states, x)
+    for block, moved in zip(blocks, statistics, strict=True):
+        nnx.update(block, moved)
     return y
+
+
+def _run_block(graphdef: nnx.GraphDef, state: Any, x: Features) -> tuple[Features, Any]:
+    """A block in training, of its definition and `nnx.State`; with the batch statistics after it."""
+    block = nnx.merge(graphdef, state)
+    return block(x, train=True), nnx.state(block, nnx.BatchStat)
 
 
 def _initial_values(

@@ -194,12 +194,11 @@ class ResNet(nnx.Module):
         self.stage3_channels, self.stage4_channels = channels // 2, channels
 
     def __call__(self, x: Features, *, train: bool) -> BackboneFeatures:
-        x = run(self.stem, x, train=train, remat=self.remat)
+        x = run([self.stem], x, train=train, remat=self.remat)
         stages = []
         for stage, num_blocks in enumerate(self.num_blocks, start=1):
-            for i in range(num_blocks):
-                block = getattr(self, f"layer{stage}_{i}")
-                x = run(block, x, train=train, remat=self.remat)
+            blocks = [getattr(self, f"layer{stage}_{i}") for i in range(num_blocks)]
+            x = run(blocks, x, train=train, remat=self.remat)
             stages.append(x)
         return BackboneFeatures(stages[2], stages[3])
 

@@ -113,7 +113,7 @@ class SqueezeNet(nnx.Module):
         maps = []
         for k, stage in enumerate(self.stages, start=2):
             x = max_pool(x) if stage.pool else x
-            for i in range(len(stage.squeezes)):
-                x = run(getattr(self, f"layer{k}_{i}"), x, train=train, remat=self.remat)
+            fires = [getattr(self, f"layer{k}_{i}") for i in range(len(stage.squeezes))]
+            x = run(fires, x, train=train, remat=self.remat)
             maps.append(x)
         return BackboneFeatures(*maps[-2:])

@@ -18,13 +18,13 @@ from flax import nnx
 from pspnet_jax import parallel, programs, protocols
 from pspnet_jax.arrays import Batch
 from pspnet_jax.catalog import load_label_set
+from pspnet_jax.compose import split_step
 from pspnet_jax.config import default_config
 from pspnet_jax.losses import LossOptions
 from pspnet_jax.models.pspnet import FAMILIES, ModelOptions, PSPNet, is_head
 from pspnet_jax.optimizer import poly_schedule, sgd
 from pspnet_jax.resample import resize
 from pspnet_jax.segmenter import Description, Provenance, Segmenter
-from pspnet_jax.train import split_step
 from pspnet_jax.train_step import TrainState, create_train_state, make_train_step, split_model
 
 OURS, PLAIN = "ours", "ours, plain"

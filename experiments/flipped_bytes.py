@@ -23,7 +23,9 @@ from checkout import commit_of_checkout
 
 from pspnet_jax import config as config_module
 from pspnet_jax.checkpoint import CheckpointFolder
-from pspnet_jax.train import Run, compose, train
+from pspnet_jax.compose import compose
+from pspnet_jax.run import Run
+from pspnet_jax.train import train
 
 SHARE_CUT, SHARE_GONE = 0.05, 0.05
 
@@ -110,7 +112,9 @@ def run_all(arguments: argparse.Namespace) -> int:
     start = time.monotonic()
     for number in range(arguments.flips):
         shutil.copytree(whole, copy)
-        files = sorted(path for path in (copy / "checkpoints/00000002").rglob("*") if path.is_file())
+        files = sorted(
+            path for path in (copy / "checkpoints/00000002").rglob("*") if path.is_file()
+        )
         path = choose(files, rng)
         how = damage(path, rng)
         what = f"{number}: {path.relative_to(copy)} {how}"
@@ -136,6 +140,7 @@ def run_all(arguments: argparse.Namespace) -> int:
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--flips", type=int, default=1000)

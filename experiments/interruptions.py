@@ -29,7 +29,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -225,6 +225,7 @@ def rows(workdir: Path) -> list[dict]:
 
 
 def last_row(workdir: Path) -> int:
+    """The last step that was logged; 0 where there is none."""
     return max((row["step"] for row in rows(workdir)), default=0)
 
 
@@ -327,6 +328,7 @@ def child(folder: str, event: int, argv: list[str]) -> int:
 
 
 def main() -> None:
+    """The command."""
     if len(sys.argv) > 1 and sys.argv[1].startswith("--child="):
         folder, event = sys.argv[1].removeprefix("--child=").rsplit(",", 1)
         sys.exit(child(folder, int(event), sys.argv[2:]))

@@ -508,7 +508,10 @@ def _reason(error: BaseException, verb: Verb) -> tuple[int | None, str]:
         case KeyboardInterrupt():
             return 130, f"interrupted; {verb.after_interrupt}"
         case Terminated():
-            return EXIT_CODE, f"told to end by SIGTERM {error}".rstrip() + f"; {verb.after_interrupt}"
+            return (
+                EXIT_CODE,
+                f"told to end by SIGTERM {error}".rstrip() + f"; {verb.after_interrupt}",
+            )
     return None, ""
 
 

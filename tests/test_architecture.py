@@ -48,7 +48,7 @@ LAYERS = [
         "convert",
         "export",
     ],
-    ["train"],
+    ["run", "compose", "train"],
     ["main"],
     ["__init__"],
 ]

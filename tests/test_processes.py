@@ -49,7 +49,11 @@ def test_processes_are_counted(environment, count):
 def test_unknown_modes_and_numbers_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="--distributed=yes is not one of auto, on, off"):
         processes.meet("yes")
-    for name, value in (("JAX_COORDINATOR_ADDRESS", "a:1"), ("JAX_NUM_PROCESSES", "two"), ("JAX_PROCESS_ID", "0")):
+    for name, value in (
+        ("JAX_COORDINATOR_ADDRESS", "a:1"),
+        ("JAX_NUM_PROCESSES", "two"),
+        ("JAX_PROCESS_ID", "0"),
+    ):
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="JAX_NUM_PROCESSES=two is not a number"):
         processes.meet("auto")
@@ -177,7 +181,7 @@ def test_a_stopped_peer_is_noticed(data, tmp_path):
     try:
         wait_for_step(tmp_path, 2)
         running[1].send_signal(signal.SIGSTOP)
-        (code, text), = finish(running[:1], seconds=60)
+        ((code, text),) = finish(running[:1], seconds=60)
     finally:
         running[1].kill()
     assert code == 75

@@ -5,12 +5,12 @@ import signal
 import time
 
 import pytest
+from test_processes import ENDLESS, finish, rows, start, wait_for_step
 
 from pspnet_jax.checkpoint import CheckpointFolder
 from pspnet_jax.termination import Terminated, Termination
 
 from pictures import write_split
-from test_processes import ENDLESS, finish, rows, start, wait_for_step
 
 BUDGET_SECONDS = 120
 
@@ -62,9 +62,6 @@ def test_between_two_steps_it_is_raised():
     with Termination() as termination:
         with pytest.raises(Terminated), termination.raised():
             signal_this_process()
-            raise AssertionError("not raised")
         with pytest.raises(Terminated), termination.raised():  # what was missed is raised here
-            raise AssertionError("not raised")
+            pass
         assert termination.stops_after(1)
-
-

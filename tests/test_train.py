@@ -6,12 +6,14 @@ import shutil
 import numpy as np
 import pytest
 
+from pspnet_jax import compose as compose_module
 from pspnet_jax import load
-from pspnet_jax import train as train_module
+from pspnet_jax import run as run_module
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.checkpoint import CheckpointFolder, CorruptCheckpointError
+from pspnet_jax.compose import compose
 from pspnet_jax.config import default_config, from_json, scale_to_batch, to_json, validate
-from pspnet_jax.train import compose, train
+from pspnet_jax.train import train
 
 from pictures import write_split
 from tiny_config import get_config
@@ -60,7 +62,7 @@ class KilledError(Exception):
 
 def interrupt_at(monkeypatch, step):
     """Make the run die when it asks for the batch of `step`."""
-    real = train_module.training_batches
+    real = run_module.training_batches
 
     def dying(*args, first_step, **options):
         for i, batch in enumerate(real(*args, first_step=first_step, **options), first_step + 1):
@@ -68,7 +70,7 @@ def interrupt_at(monkeypatch, step):
                 raise KilledError
             yield batch
 
-    monkeypatch.setattr(train_module, "training_batches", dying)
+    monkeypatch.setattr(run_module, "training_batches", dying)
 
 
 def test_a_run_leaves_its_files(finished):
@@ -121,7 +123,7 @@ def test_a_resolved_config_composes_the_same_run(data, tmp_path, protocol):
 
 @pytest.mark.slow
 def test_the_variant_trains_and_says_how_well_it_tells_presence(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_module.Run, "evaluate", lambda *_: 0.0)  # takes long to compile
+    monkeypatch.setattr(run_module.Run, "evaluate", lambda *_: 0.0)  # takes long to compile
     config = tiny(
         data,
         model__family="lextal",
@@ -205,7 +207,7 @@ def test_an_interrupt_while_evaluating_loses_no_step(data, tmp_path, monkeypatch
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_module.evaluate, "evaluate", interrupted)
+    monkeypatch.setattr(run_module.evaluate, "evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(tiny(data, train__num_steps=1), tmp_path)
     assert CheckpointFolder(tmp_path / "checkpoints").steps() == [1]
@@ -357,5 +359,5 @@ def test_labels_of_an_eighth_need_logits_of_an_eighth(data, tmp_path):
 def test_tiles_of_the_loss_are_those_of_each_device():
     config, label_set = default_config(), load_label_set("camvid")
     config.loss.update(aux_weight=0.4, presence_weight=0.0)
-    options = train_module._loss_options(config, label_set, num_devices=8)
+    options = compose_module._loss_options(config, label_set, num_devices=8)
     assert options.tile_mib == 8 * config.loss.tile_mib

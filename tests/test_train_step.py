@@ -10,10 +10,10 @@ import pytest
 
 from pspnet_jax import parallel, programs
 from pspnet_jax.arrays import IGNORE_LABEL, Batch
+from pspnet_jax.compose import compile_step, split_step
 from pspnet_jax.losses import PLAIN, LossOptions
 from pspnet_jax.models.pspnet import IMAGENET_8BIT, is_head
 from pspnet_jax.optimizer import poly_schedule, sgd
-from pspnet_jax.train import compile_step, split_step
 from pspnet_jax.train_step import create_train_state, make_train_step, normalize
 
 from networks import network

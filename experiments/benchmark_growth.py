@@ -48,8 +48,10 @@ REASONS = {
     "an eighth of the image; stem, pyramid and heads stay. From 18 to 50 the block changes too, "
     "from two 3x3 convolutions to a bottleneck that ends in four times the channels.",
     "classes": "Only the classifiers and the stretched logits with their loss know the classes: a "
-    "straight line on top of the network, whose cost does not change.",
-    "devices": "A device hands over its gradients (as many bytes as parameters) and the sums of batch "
+    "straight line on top of the network, whose cost does not change. Where the stretched logits are more "
+    "than loss.tile_mib, a tile of them is all that there is at a time.",
+    "devices": "A device hands over its gradients (as many bytes as parameters; on CPUs kernel gradients by "
+    "Winograd's algorithm are summed over devices while they are 16 numbers, not 9) and the sums of batch "
     "statistics and their gradients, once a step; neither depends on how many devices there are nor on "
     "the images of each. What a ring moves over each link is 2 (n - 1) / n times that.",
 }

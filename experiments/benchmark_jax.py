@@ -181,12 +181,13 @@ def compile_(
     start = time.perf_counter()
     compiled = compiler(function, *arguments)
     facts = {"compile_seconds": time.perf_counter() - start} | versions()
+    if not task.is_counted:
+        return compiled, facts
     plan = compiled.memory_analysis()
     if plan is not None:
         facts["temporary_bytes"] = plan.temp_size_in_bytes
-    if task.is_counted:
-        facts["xla_flops"] = (compiled.cost_analysis() or {}).get("flops")
-        facts["traced_macs"] = benchmark_counts.program_macs(function, *arguments)
+    facts["xla_flops"] = (compiled.cost_analysis() or {}).get("flops")
+    facts["traced_macs"] = benchmark_counts.program_macs(function, *arguments)
     return compiled, facts
 
 

@@ -107,7 +107,7 @@ def split_step(step: TrainStep, mesh: Mesh) -> jax.stages.Wrapped:
 
 
 def compile_step(step: TrainStep, mesh: Mesh) -> TrainStep:
-    """The step over the mesh, compiled when it is first called, for batches of that shape."""
+    """The step over the mesh, compiled when it is first called; batches of another shape are a TypeError."""
     jitted, platform = split_step(step, mesh), parallel.platform_of(mesh)
     compiled: TrainStep | None = None
 

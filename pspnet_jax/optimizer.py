@@ -66,6 +66,7 @@ def sgd(
     """
     return optax.chain(
         _decay(weight_decay, decay_vectors),
+        # In the form of `optax.sgd`, whose states older checkpoints hold.
         optax.chain(_velocity(momentum), optax.scale_by_learning_rate(schedule)),
         _multiply_heads(head_multiplier, is_head),
     )
@@ -91,8 +92,8 @@ def adam(
 
 
 def _velocity(momentum: float) -> optax.GradientTransformation:
-    """`optax.trace`, whose result is made once. Else XLA makes it a second time where the parameters move,
-    from the old velocity, which then cannot be overwritten: a copy of both for every parameter."""
+    """`optax.trace`, whose result is made once. Else XLA for CPUs makes it a second time where the parameters
+    move, from the old velocity, which then cannot be overwritten: a copy of both for every parameter."""
     trace = optax.trace(momentum)
 
     def update(updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None):

@@ -37,8 +37,7 @@ def compile_step(step: stages.Wrapped, *arguments: object, platform: str | None)
 
     * On CPUs, XLA removes barriers before it joins equal operations: what is to be computed again in the
       backward pass would be stored all the same. It is told not to.
-    * What compiling took is given back to the system. glibc keeps it otherwise: a third of the peak of a
-      ResNet-50's step.
+    * What compiling took is given back to the system, which glibc would keep.
 
     Args:
         platform: of the devices.

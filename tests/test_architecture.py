@@ -1,6 +1,7 @@
 """Imports run one way, through one ordered list of modules; the package is cheap and safe to import."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -201,3 +202,12 @@ def test_functions_fit_in_the_head():
                 assert length <= 60 or node.name == "default_config", (
                     f"{module}.{node.name} has {length} lines"
                 )
+
+
+def test_every_test_module_states_its_seconds():
+    """In the form that conftest.py reads."""
+    for path in sorted(Path(__file__).parent.glob("test_*.py")):
+        assert (
+            len(re.findall(r"^BUDGET_SECONDS = \d+(?: +#.*)?$", path.read_text(), re.MULTILINE))
+            == 1
+        ), path

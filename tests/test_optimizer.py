@@ -1,5 +1,6 @@
 """Schedules against their formulas; SGD and Adam against PyTorch's rules written in NumPy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -33,6 +34,20 @@ def test_warmup_rises_linearly_and_then_leaves_the_schedule_alone():
     assert float(warm(4)) == pytest.approx(0.5 * float(plain(4)), rel=1e-5)
     assert float(warm(9)) == pytest.approx(float(plain(9)))
     assert float(warm(50)) == pytest.approx(float(plain(50)))
+
+
+def test_state_of_sgd_has_the_form_of_optax_sgd():
+    """Checkpoints from before the velocity was made by `_velocity` go on."""
+    schedule = poly_schedule(0.1, power=0.9, num_steps=10)
+    params = {"kernel": jnp.ones((2, 2))}
+    ours = sgd(
+        schedule, momentum=0.9, weight_decay=1e-4, head_multiplier=2.0, is_head=lambda path: True
+    )
+    state = ours.init(params)
+    wanted = jax.tree.structure(optax.sgd(schedule, momentum=0.9).init(params))
+    for _ in range(2):
+        assert jax.tree.structure(state[1]) == wanted
+        _, state = ours.update(params, state, params)
 
 
 def test_sgd_is_pytorchs_rule():

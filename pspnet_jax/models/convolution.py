@@ -67,7 +67,7 @@ def _convolve_forward(x: Features, kernel: Kernel, dilation: int, platform: Plat
 def _convolve_backward(dilation: int, platform: Platform, saved, gradient: Features):
     """Gradients of map and kernel."""
     # Else XLA would keep what `winograd` makes of them in the forward pass, four times the map, or make it
-    # again before the gradient is there. (XLA for CPUs removes barriers early and keeps it all the same.)
+    # again before the gradient is there. (XLA for CPUs does so where `programs.compile_step` tells it to.)
     x, kernel, gradient = jax.lax.optimization_barrier((*saved, gradient))
     if _form_of_value(x, kernel, dilation, platform) is winograd:
         of_map = winograd(gradient, kernel, dilation, mirrored=True)

@@ -34,7 +34,8 @@ BOTTLENECK = 4  # channels between the two convolutions of a layer, in units of 
 
 
 class DenseLayer(nnx.Module):
-    """Norm, ReLU, 1x1 convolution, norm, ReLU, 3x3 convolution: the channels that a layer adds."""
+    """Norm, ReLU, 1x1 convolution, norm, ReLU, 3x3 convolution; what they give goes behind the channels of
+    their input."""
 
     def __init__(self, in_channels: int, growth: int, *, conv, norm, rng):
         self.norm1 = norm(in_channels)
@@ -43,8 +44,9 @@ class DenseLayer(nnx.Module):
         self.conv2 = conv(BOTTLENECK * growth, growth, 3, rng=rng)
 
     def __call__(self, x: Features, *, train: bool) -> Features:
-        x = jax.nn.relu(self.norm1(x, train=train))
-        return self.conv2(jax.nn.relu(conv_norm(self.conv1, self.norm2, x, train=train)))
+        new = jax.nn.relu(self.norm1(x, train=train))
+        new = self.conv2(jax.nn.relu(conv_norm(self.conv1, self.norm2, new, train=train)))
+        return jnp.concatenate([x, new], axis=-1)
 
 
 class Transition(nnx.Module):
@@ -70,7 +72,7 @@ class DenseNet(nnx.Module):
         backbone: a key of `DEPTHS`.
         width: channels of the stem, even (64 as published).
         frozen_norm: batch norm uses its running statistics in training.
-        remat: recompute each layer in the backward pass instead of storing its inner maps.
+        remat: recompute each layer in the backward pass instead of storing what its convolutions gave.
 
     Raises:
         ValueError: for an odd width.
@@ -116,10 +118,8 @@ class DenseNet(nnx.Module):
         x = run([self.stem], x, train=train, remat=self.remat)
         maps = []
         for k, num_layers in enumerate(self.num_layers, start=1):
-            for i in range(num_layers):
-                layer = getattr(self, f"layer{k}_{i}")
-                new = run([layer], x, train=train, remat=self.remat)
-                x = jnp.concatenate([x, new], axis=-1)
+            layers = [getattr(self, f"layer{k}_{i}") for i in range(num_layers)]
+            x = run(layers, x, train=train, remat=self.remat)
             if k < len(self.num_layers):
                 x = run([getattr(self, f"transition{k}")], x, train=train, remat=self.remat)
             maps.append(x)

@@ -121,7 +121,7 @@ class Conv(nnx.Module):
             dilation=self.dilation,
             platform=self.platform,
         )
-        return add_bias(checkpoint_name(y, "convolution"), weights.bias)
+        return checkpoint_name(add_bias(y, weights.bias), "convolution")
 
 
 def add_bias(y: Features, bias: jax.Array | None) -> Features:
@@ -332,9 +332,8 @@ def average_pool(x: Features) -> Features:
 def run(blocks: Sequence[Block], x: Features, *, train: bool, remat: bool) -> Features:
     """x through blocks, one after the other.
 
-    Of all maps only the results of convolutions are stored for the backward pass; norms, activations and sums
-    are computed again from them, which is little work and takes half the memory. With `remat` only what goes
-    from block to block is stored.
+    For the backward pass x and the results of convolutions are stored; norms, activations and sums are
+    computed again from them, which is little work. With `remat` only what goes from block to block is stored.
     """
     if not train:
         return functools.reduce(lambda x, block: block(x, train=False), blocks, x)

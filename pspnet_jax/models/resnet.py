@@ -150,7 +150,7 @@ class ResNet(nnx.Module):
         output_stride: 8, 16 or 32 image pixels per feature pixel.
         first_block_dilation: dilation of the first block of stages 3 and 4.
         frozen_norm: batch norm uses its running statistics in training.
-        remat: recompute each block in the backward pass instead of storing its inner maps.
+        remat: recompute each block in the backward pass instead of storing what its convolutions gave.
     """
 
     def __init__(

@@ -71,7 +71,7 @@ class SqueezeNet(nnx.Module):
         backbone: a key of `VERSIONS`.
         width: channels that the first fire modules expand to on each side, a multiple of 4 (64 as
             published).
-        remat: recompute each fire module in the backward pass instead of storing its inner maps.
+        remat: recompute each fire module in the backward pass instead of storing what its convolutions gave.
 
     Raises:
         ValueError: for a width that is not a multiple of 4.

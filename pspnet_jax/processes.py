@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Mapping
 
 import jax
@@ -45,7 +46,8 @@ def meet(mode: str, *, seconds: int = MEETING_SECONDS) -> None:
 
     Raises:
         ValueError: for another mode, or variables that are missing or no numbers.
-        ConnectionError: where the others do not come, naming the address.
+
+    Where the others do not come the process ends with exit code 1, naming the address: JAX would abort.
     """
     if mode not in MODES:
         raise ValueError(f"--distributed={mode} is not one of {', '.join(MODES)}")
@@ -55,23 +57,33 @@ def meet(mode: str, *, seconds: int = MEETING_SECONDS) -> None:
     address = known.get("coordinator_address", "the address its launcher names")
     log.info("meeting the other processes at %s, for at most %d s", address, seconds)
     jax.config.update("jax_enable_preemption_service", True)
+    alarm = threading.Timer(seconds, _give_up, [address, seconds])
+    alarm.daemon = True
+    alarm.start()
     try:
         jax.distributed.initialize(
-            **known, initialization_timeout=seconds, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+            **known,
+            initialization_timeout=seconds + 60,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except ValueError as error:
         raise ValueError(
             f"--distributed={mode}: {error} Start each process with {', '.join(_OWN)}, or by srun, mpirun "
             "or on every host of a TPU slice"
         ) from error
-    except RuntimeError as error:
-        found = jax._src.distributed.global_state.coordinator_address or address
-        first_line = str(error).strip().splitlines()[0]
-        raise ConnectionError(
-            f"the processes did not meet at {found} within {seconds} s: is process 0 running, can this "
-            f"machine reach that address, were all of them started? ({first_line})"
-        ) from error
+    finally:
+        alarm.cancel()
     log.info("process %d of %d", jax.process_index(), jax.process_count())
+
+
+def _give_up(address: str | int, seconds: int) -> None:
+    log.error(
+        "the processes did not meet at %s within %d s: is process 0 running, can this machine reach that "
+        "address, were all of them started?",
+        address,
+        seconds,
+    )
+    _end(1)
 
 
 def num_processes(environment: Mapping[str, str]) -> int:
@@ -105,8 +117,13 @@ def _number(environment: Mapping[str, str], name: str) -> int:
 def leave(code: int) -> None:
     """End this process at once where others wait for it in a collective: an orderly end would wait for them."""
     if jax.distributed.is_initialized() and code not in _ALL_END_WITH:
-        for handler in log.handlers:
-            handler.flush()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        _end(code)
+
+
+def _end(code: int) -> None:
+    """Without waiting for anything."""
+    for handler in log.handlers:
+        handler.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -144,7 +144,7 @@ def test_two_processes_train_what_one_trains(data, tmp_path):
     assert (tmp_path / "two" / "log-1.txt").is_file()
 
 
-def wait_for_step(workdir, step, *, seconds=120):
+def wait_for_step(workdir, step, *, seconds=180):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         path = workdir / "metrics.jsonl"
@@ -193,8 +193,7 @@ def test_peers_that_do_not_come_are_an_error_with_the_address():
     script = (
         "from pspnet_jax import processes, main, metric_writer\n"
         "metric_writer.log_to(None)\n"
-        "try:\n    processes.meet('on', seconds=3)\n"
-        "except ConnectionError as error:\n    print(error); raise SystemExit(7)\n"
+        "processes.meet('on', seconds=3)\n"
     )
     port = free_port()
     environment = os.environ | {
@@ -210,5 +209,5 @@ def test_peers_that_do_not_come_are_an_error_with_the_address():
             text=True,
             timeout=90,
         )
-        assert ran.returncode == 7, ran
+        assert ran.returncode == 1, ran
         assert f"did not meet at 127.0.0.1:{port} within 3 s" in ran.stdout

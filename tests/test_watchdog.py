@@ -38,7 +38,7 @@ def test_a_hanging_process_ends_and_says_where(tmp_path):
 
 
 def test_zero_watches_nothing_and_an_end_ends_the_watch():
-    with Watchdog(0, advice=""):
+    with Watchdog(0.0, advice=""):
         time.sleep(0.05)
     with Watchdog(0.2, advice=""):
         pass

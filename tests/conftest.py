@@ -2,6 +2,8 @@
 
 import os
 import re
+import signal
+import threading
 from pathlib import Path
 
 CACHE = Path(__file__).parent.parent / ".jax_cache"
@@ -10,6 +12,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+
+if threading.current_thread() is threading.main_thread():
+    # In the background of a shell Ctrl-C is ignored, and so it would be in the processes that tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _seconds: dict[str, float] = {}
 _budgets: dict[str, float] = {}

@@ -18,7 +18,7 @@ from pspnet_jax.train import train
 from pictures import write_split
 from tiny_config import get_config
 
-BUDGET_SECONDS = 180
+BUDGET_SECONDS = 300
 
 
 @pytest.fixture(scope="module")

@@ -184,6 +184,7 @@ def test_a_stopped_peer_is_noticed(data, tmp_path):
         ((code, text),) = finish(running[:1], seconds=60)
     finally:
         running[1].kill()
+        running[1].communicate()
     assert code == 75
     assert "nothing was done for 15 s" in text
     assert "thread MainThread" in text

@@ -170,7 +170,7 @@ def counts(task: Task) -> Prepared:
 
 
 def lower_and_compile(function: Callable, *arguments: object) -> Callable:
-    """Of a jitted function."""
+    """Compile a jitted function for these arguments."""
     return function.lower(*arguments).compile()
 
 

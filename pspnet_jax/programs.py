@@ -8,6 +8,8 @@ from pathlib import Path
 import jax
 from jax import stages
 
+from pspnet_jax.resample import Platform
+
 log = logging.getLogger("pspnet_jax")
 
 
@@ -32,7 +34,7 @@ def keep() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
-def compile_step(step: stages.Wrapped, *arguments: object, platform: str | None) -> stages.Compiled:
+def compile_step(step: stages.Wrapped, *arguments: object, platform: Platform) -> stages.Compiled:
     """A jitted training step, compiled for arguments of these shapes.
 
     * On CPUs, XLA removes barriers before it joins equal operations: what is to be computed again in the

@@ -19,7 +19,7 @@ from pspnet_jax.models.convolution import (
     winograd,
 )
 
-BUDGET_SECONDS = 120
+BUDGET_SECONDS = 60
 
 # Compiling takes nearly all of the time: LLVM is not asked to optimize.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -20,7 +20,7 @@ from pspnet_jax.models.layers import (
     max_pool,
 )
 
-BUDGET_SECONDS = 80
+BUDGET_SECONDS = 40
 
 
 def random(*shape, seed=0):

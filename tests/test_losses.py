@@ -21,7 +21,7 @@ from pspnet_jax.losses import (
 )
 from pspnet_jax.resample import resize
 
-BUDGET_SECONDS = 120
+BUDGET_SECONDS = 60
 
 
 def logits_and_labels(seed=0, num_ignored=7):

@@ -13,7 +13,7 @@ from pspnet_jax.main import main
 
 from pictures import example, write_image, write_split
 
-BUDGET_SECONDS = 240
+BUDGET_SECONDS = 120
 
 CONFIG = str(Path(__file__).parent / "tiny_config.py")
 

@@ -30,7 +30,7 @@ from pspnet_jax.train_step import split_model
 
 from networks import network, options
 
-BUDGET_SECONDS = 180
+BUDGET_SECONDS = 90
 
 
 def count(tree) -> int:
@@ -480,9 +480,8 @@ def test_what_the_backward_pass_computes_again(name, remat):
     assert again == (CONVOLUTIONS_AGAIN[name] if remat else 0)
     assert gradient["max"] > 2 * forward["max"]
     assert gradient["rsqrt"] >= 2 * forward["rsqrt"]
-    if (
-        name == "resnet18"
-    ):  # stages of two blocks: what goes from one to the other is made again, too
+    if name == "resnet18":
+        # Stages of two blocks: what goes from one to the other is made again, too.
         assert (gradient["rsqrt"] > 2 * forward["rsqrt"]) == (not remat)
 
 

@@ -16,7 +16,7 @@ from pspnet_jax.train_step import split_model
 
 from networks import options
 
-BUDGET_SECONDS = 200
+BUDGET_SECONDS = 100
 
 # Compiling takes nearly all of the time: LLVM is not asked to optimize.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -1,4 +1,4 @@
-"""Compiled programs are kept for later processes, where nobody said otherwise."""
+"""Compiled programs are kept for later processes, where nobody said otherwise; steps leave no memory behind."""
 
 import ctypes
 import os

@@ -13,7 +13,7 @@ from pspnet_jax.models.layers import TORCH_DEFAULT, BatchNorm, Conv
 from pspnet_jax.models.pyramid import Pyramid, PyramidPooling, fuse
 from pspnet_jax.resample import resize
 
-BUDGET_SECONDS = 60
+BUDGET_SECONDS = 30
 
 # Compiling takes nearly all of the time: LLVM is not asked to optimize.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -21,7 +21,7 @@ from pspnet_jax.data.views import ColorChange, change_colors
 
 from pictures import example
 
-BUDGET_SECONDS = 90
+BUDGET_SECONDS = 60
 
 FILL = (124, 116, 104)
 NUM_DRAWS = 10_000

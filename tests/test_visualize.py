@@ -25,7 +25,7 @@ from pspnet_jax.visualize import (
     shrunk,
 )
 
-BUDGET_SECONDS = 20
+BUDGET_SECONDS = 10
 
 LABELS = np.array([[0, 1], [2, 255]], np.uint8)
 PALETTE = load_label_set("camvid").palette

@@ -20,7 +20,7 @@ from pspnet_jax.data.workers import in_order
 
 from pictures import write_split
 
-BUDGET_SECONDS = 180
+BUDGET_SECONDS = 120
 
 TESTS = Path(__file__).parent
 PROGRAM = textwrap.dedent(

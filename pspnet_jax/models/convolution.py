@@ -206,7 +206,7 @@ def _input_terms(x: jax.Array, *, axis: int) -> list[jax.Array]:
 
 def _kernel_terms(kernel: jax.Array, *, axis: int) -> list[jax.Array]:
     """The four factors made of the three taps along an axis."""
-    g0, g1, g2 = (jax.lax.index_in_dim(kernel, i, axis, keepdims=False) for i in range(3))
+    g0, g1, g2 = (g.squeeze(axis) for g in jnp.split(kernel, 3, axis))
     return [g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2]
 
 

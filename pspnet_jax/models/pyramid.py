@@ -97,14 +97,16 @@ def fuse(pyramid: Pyramid, conv: Conv, weights: ConvWeights | None = None) -> Fe
         float32 (float64 where that is computed in), rounded, and added.
     """
     weights, dtype = weights or conv.weights(), conv.dtype
-    kernel = weights.kernel.astype(dtype)
+    # Else XLA would cut the kernel at the start of the step and keep its parts (72 MiB of it) until here.
+    x, kernel = jax.lax.optimization_barrier((pyramid.map, weights.kernel))
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
     num_levels = len(pyramid.levels)
     parts = [*pyramid.levels]
-    parts.insert(0 if pyramid.map_first else num_levels, pyramid.map)
+    parts.insert(0 if pyramid.map_first else num_levels, x)
     # One split: its gradient is one concatenation, that of slices a sum of kernels filled up with zeros.
     kernels = jnp.split(kernel, np.cumsum([part.shape[3] for part in parts])[:-1], axis=2)
     map_kernel = kernels.pop(0 if pyramid.map_first else num_levels)
-    y = convolve(pyramid.map.astype(dtype), map_kernel, platform=conv.platform)
+    y = convolve(x, map_kernel, platform=conv.platform)
     if pyramid.levels:
         wide = jnp.promote_types(dtype, jnp.float32)
         levels, kernels = (

@@ -9,7 +9,7 @@ moment that the seed draws:
 * kill: SIGKILL some time after its first step.
 * event: SIGKILL right before the n-th call that touches the folder of checkpoints (open, rename, remove ...).
 * terminate: SIGTERM.
-* full: no file may grow beyond a few kilobytes, as on a full disk, so that the next checkpoint fails.
+* full: from such a call on no file can grow any more, as on a full disk.
 
 After each end: the newest step that is listed is read and its digests agree, it is no older than before; the
 next process resumes from it and sweeps away what the dead one left. In the end the rows of metrics.jsonl and the
@@ -32,6 +32,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 from checkout import commit_of_checkout
 
@@ -40,8 +41,6 @@ from pspnet_jax.checkpoint import CheckpointFolder
 ROOT = Path(__file__).parent.parent
 WAYS = ("kill", "event", "terminate", "full")
 INTERVAL = 10  # steps between checkpoints
-LONGEST_SECONDS = 6.0  # of training after the first step, before an end
-LARGEST_FILE = 16 * 1024  # bytes, on the full disk
 MOST_EVENTS = 400
 OPTIONS = {
     "model.width": 8,
@@ -79,7 +78,7 @@ class Life:
 class Process:
     """A training process whose output is read while it runs."""
 
-    def __init__(self, workdir: Path, *, num_steps: int, event: int | None, is_disk_full: bool):
+    def __init__(self, workdir: Path, *, num_steps: int, event: int = 0, way: str = "event"):
         self.first_step_at: float | None = None
         self.resumed_from = 0
         self.started_at = time.monotonic()
@@ -89,7 +88,7 @@ class Process:
             [
                 sys.executable,
                 str(Path(__file__)),
-                f"--child={workdir / 'checkpoints'},{event or 0}",
+                f"--child={workdir / 'checkpoints'},{way},{event}",
                 f"--config={ROOT / 'configs' / 'scenes.py'}",
                 f"--workdir={workdir}",
                 f"--config.train.num_steps={num_steps}",
@@ -99,7 +98,6 @@ class Process:
             stderr=subprocess.STDOUT,
             text=True,
             env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-            preexec_fn=_limit_files if is_disk_full else None,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -139,12 +137,12 @@ class Process:
         return 1024 * int(re.search(r"VmRSS:\s+(\d+)", text)[1])
 
 
-def live(workdir: Path, way: str, rng: random.Random) -> Life:
+def live(workdir: Path, way: str, rng: random.Random, *, longest_seconds: float) -> Life:
     """Start a process, end it, and look at what it left."""
     before, litter = newest(workdir), unfinished(workdir)
-    event = rng.randrange(1, MOST_EVENTS) if way == "event" else None
-    delay = rng.uniform(0, LONGEST_SECONDS)
-    process = Process(workdir, num_steps=10**9, event=event, is_disk_full=way == "full")
+    event = rng.randrange(1, MOST_EVENTS) if way in ("event", "full") else 0
+    delay = rng.uniform(0, longest_seconds)
+    process = Process(workdir, num_steps=10**9, event=event, way=way)
     faults = []
     if not process.wait_for_first_step(120) and way not in ("event", "full"):
         faults.append(f"no first step: {process.lines[-3:]}")
@@ -232,7 +230,9 @@ def last_row(workdir: Path) -> int:
 def differences(workdir: Path, untouched: Path) -> list[str]:
     """Between the run that was ended so often and one that was not."""
     step = newest(workdir)
-    process = Process(untouched, num_steps=step, event=None, is_disk_full=False)
+    if step == 0:
+        return ["nothing was saved"]
+    process = Process(untouched, num_steps=step)
     code = process.wait(3600)
     if code != 0:
         return [f"the untouched run ended with {code}: {process.lines[-3:]}"]
@@ -260,7 +260,8 @@ def run(arguments: argparse.Namespace) -> int:
     lives: list[Life] = []
     start = time.monotonic()
     while (time.monotonic() < end) if end else (len(lives) < arguments.interruptions):
-        lives.append(live(workdir, rng.choice(ways), rng))
+        way = ways[len(lives) % len(ways)] if arguments.in_turn else rng.choice(ways)
+        lives.append(live(workdir, way, rng, longest_seconds=arguments.longest_seconds))
         print(len(lives), json.dumps(asdict(lives[-1])), flush=True)
     seconds = time.monotonic() - start
     faults = [fault for life in lives for fault in life.faults]
@@ -301,13 +302,10 @@ def _spread(values: Sequence[float]) -> list[float]:
     return [round(f(values), 2) for f in (min, statistics.median, max)]
 
 
-def _limit_files() -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
-
-
-def child(folder: str, event: int, argv: list[str]) -> int:
-    """The command line, killed right before its `event`-th call that touches the folder (0: never)."""
-    from pspnet_jax.main import main
+def child(folder: str, way: str, event: int, argv: list[str]) -> NoReturn:
+    """The command line, killed (or its disk full) right before its `event`-th call that touches the folder;
+    0: never."""
+    from pspnet_jax.main import command
 
     remaining = event
 
@@ -319,24 +317,31 @@ def child(folder: str, event: int, argv: list[str]) -> int:
             arguments[0]
         ):
             remaining -= 1
-            if remaining == 0:
+            if remaining == 0 and way == "full":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+            elif remaining == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     if event:
         sys.addaudithook(hook)
-    return main(argv)
+    sys.argv = ["pspnet", *argv]
+    command()
 
 
 def main() -> None:
     """The command."""
     if len(sys.argv) > 1 and sys.argv[1].startswith("--child="):
-        folder, event = sys.argv[1].removeprefix("--child=").rsplit(",", 1)
-        sys.exit(child(folder, int(event), sys.argv[2:]))
+        folder, way, event = sys.argv[1].removeprefix("--child=").rsplit(",", 2)
+        child(folder, way, int(event), sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--interruptions", type=int, default=200)
     parser.add_argument("--minutes", type=float, default=0, help="instead of a number")
     parser.add_argument("--ways", default="kill,event")
+    parser.add_argument("--in_turn", action="store_true", help="the ways; else they are drawn")
+    parser.add_argument(
+        "--longest_seconds", type=float, default=6, help="of training before kill and terminate"
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if unknown := set(arguments.ways.split(",")) - set(WAYS):

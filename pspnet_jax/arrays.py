@@ -56,12 +56,16 @@ class Example(NamedTuple):
     """Position in the data set, so that errors and panels can name the file."""
 
 
+Indices = Int32[AnyArray, "batch"]
+"""Positions in the data set."""
+
+
 class Batch(NamedTuple):
     """What one step consumes. The leading axis is the global batch, split over the devices."""
 
     images: RawImages
     labels: Labels
-    index: Int32[AnyArray, "batch"]
+    index: Indices
     valid: Bool[AnyArray, "batch"]
     """False for images that only fill up the last batch of an evaluation."""
 

@@ -22,11 +22,10 @@ from pspnet_jax.catalog import LabelSet, load_label_set
 from pspnet_jax.check_report import Check, to_json
 from pspnet_jax.data.folders import FolderSource
 from pspnet_jax.data.layouts import DataError, Pair, list_split
-from pspnet_jax.data.pipeline import Source, open_source
+from pspnet_jax.data.pipeline import Records, Source, open_source
 from pspnet_jax.data.survey import (
     OUT_OF_RANGE,
     Finding,
-    Records,
     Survey,
     examine,
     examine_all,

@@ -9,12 +9,15 @@
 * Trees are nested dictionaries with string keys, nothing else.
 """
 
+import errno
 import functools
 import hashlib
 import logging
 import math
+import os
 import re
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +103,7 @@ class CheckpointFolder:
             mean_iou = None  # nothing to judge: no best step
         # Copies, because the caller's next step may reuse the buffers while this is being written.
         host_parts = {name: jax.tree.map(_to_host_copy, part) for name, part in parts.items()}
+        self._check_can_write(host_parts)
         digests = {name: digest(part) for name, part in host_parts.items()}
         response = ocp.save_checkpointables_async(
             str(self.folder(step)),
@@ -115,9 +119,17 @@ class CheckpointFolder:
             return
         step, response = self._pending
         self._pending = None
-        response.result()
+        handled = sys.exc_info()[1]
+        try:
+            response.result()
+        except Exception as error:
+            raise OSError(
+                f"{self.folder(step)} could not be saved: {_root_cause(error, handled=handled)}; what was saved before is "
+                "untouched, and the same command goes on from there"
+            ) from error
         for part in self.record(step).digests:
             self.load(step, part)
+        log.debug("step %d is saved and was read back", step)
         self._prune()
 
     def load(self, step: int, part: str) -> Tree:
@@ -154,6 +166,21 @@ class CheckpointFolder:
         """Remove what a killed process left half written."""
         for entry in self.path.glob("*.orbax-checkpoint-tmp*") if self.path.is_dir() else ():
             shutil.rmtree(entry, ignore_errors=True)
+
+    def _check_can_write(self, parts: Mapping[str, Tree]) -> None:
+        """Raise OSError where a step will not be written: Orbax's own end would be long and unclear."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not os.access(self.path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.path))
+        num_bytes = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(parts))
+        free = shutil.disk_usage(self.path).free
+        if free < num_bytes:
+            raise OSError(
+                errno.ENOSPC,
+                f"{os.strerror(errno.ENOSPC)}: {num_bytes / 1e9:.2f} GB are to be saved, {free / 1e9:.2f} "
+                "GB are free",
+                str(self.path),
+            )
 
     def _existing_steps(self) -> list[int]:
         steps = self.steps()
@@ -229,9 +256,13 @@ def check_same_shapes(stored: Tree, wanted: Tree, *, where: str) -> None:
         raise ValueError(f"{where} does not fit this network:\n  {shown}")
 
 
-def _root_cause(error: BaseException) -> str:
-    """First line of the exception that started a chain; Orbax's outermost one speaks of handlers."""
-    while (cause := error.__cause__ or error.__context__) is not None:
+def _root_cause(error: BaseException, *, handled: BaseException | None = None) -> str:
+    """First line of the exception that started a chain; Orbax's outermost one speaks of handlers.
+
+    Args:
+        handled: what was being handled already; it did not start this.
+    """
+    while (cause := error.__cause__ or error.__context__) not in (None, handled):
         error = cause
     return str(error).strip().split("\n")[0][:300] or type(error).__name__
 

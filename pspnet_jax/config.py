@@ -105,6 +105,7 @@ def default_config() -> ConfigDict:
     train.log_every_steps = 50
     train.evaluate_every_steps = 10_000  # and after the last step
     train.checkpoint_every_steps = 1_000  # and at each evaluation
+    train.skipped_in_a_row_max = 100  # steps with a loss that is not finite, then it ends
     train.watchdog_minutes = 30.0  # without a step or an evaluated image, then it ends; 0 = never
 
     evaluate = config.evaluate = ConfigDict()
@@ -201,6 +202,7 @@ _CONSTRAINTS: dict[str, tuple[Callable, str]] = {
     "train.log_every_steps": _COUNT,
     "train.evaluate_every_steps": _COUNT,
     "train.checkpoint_every_steps": _COUNT,
+    "train.skipped_in_a_row_max": _COUNT,
     "train.watchdog_minutes": _AT_LEAST_0,
     "evaluate.protocol": _one_of("whole", "semseg", "caffe", "mmseg-whole", "mmseg-slide", "csail"),
     "evaluate.scales": (

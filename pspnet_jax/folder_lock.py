@@ -12,8 +12,11 @@ log = logging.getLogger("pspnet_jax")
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path) -> Iterator[str]:
     """Hold a folder, which may be new, against other processes. The system lets go of it however this process ends.
+
+    Yields:
+        The process that held it before and did not let go of it, because it was killed; '' where there is none.
 
     Raises:
         ValueError: naming the process that holds it.
@@ -28,7 +31,12 @@ def held(folder: Path) -> Iterator[None]:
             raise ValueError(f"{folder} is in use by {holder}; name another folder") from None
         except OSError as error:
             log.warning("%s cannot be locked (%s): let nothing else write there", folder, error)
+        file.seek(0)
+        before = file.read().strip()
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-        yield
+        try:
+            yield before
+        finally:
+            file.truncate(0)

@@ -7,12 +7,17 @@
 """
 
 import difflib
+import errno
+import logging
+import os
 import re
+import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import config_flags
@@ -30,6 +35,8 @@ _USED_OPTIONS = {
     ),
     "prepare": ("--config.data.", "--config.evaluate.split="),
 }
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_TERMINATED = 128 + signal.SIGTERM
 _LESS_MEMORY = {
     True: "a smaller --config.train.global_batch_size (with more --config.train.accumulate_steps) takes less",
     False: "a smaller --batch_size or --canvas_gib takes less, or a protocol with windows",
@@ -488,19 +495,19 @@ def _run(verb: Verb, values: flags.FlagValues, words: list[str]) -> int:
         if code is None:
             raise
         log.debug("exit code %d: %s", code, message)
-        _fail(code, message)
-        processes.leave(code)
-        return code
+        return _fail(code, message)
 
 
 def _reason(error: BaseException, verb: Verb) -> tuple[int | None, str]:
     """Exit code and message of what ended a verb; (None, '') for a fault of ours, whose traceback helps."""
     from pspnet_jax.checkpoint import CorruptCheckpointError
-    from pspnet_jax.termination import EXIT_CODE, Terminated
+    from pspnet_jax.termination import Terminated
 
     match error:
         case flags.ValidationError():
             return 2, f"{error}\n\nusage: {verb.usage}"
+        case OSError() if error.errno in _DISK_ERRORS:
+            return 1, f"{error}; {verb.after_interrupt}"
         case ValueError() | OSError() | CorruptCheckpointError():
             return 1, str(error)
         case RuntimeError() if "RESOURCE_EXHAUSTED" in str(error):
@@ -508,10 +515,8 @@ def _reason(error: BaseException, verb: Verb) -> tuple[int | None, str]:
         case KeyboardInterrupt():
             return 130, f"interrupted; {verb.after_interrupt}"
         case Terminated():
-            return (
-                EXIT_CODE,
-                f"told to end by SIGTERM {error}".rstrip() + f"; {verb.after_interrupt}",
-            )
+            message = f"told to end by SIGTERM {error}".rstrip()
+            return _TERMINATED, f"{message}; {verb.after_interrupt}"
     return None, ""
 
 
@@ -545,5 +550,21 @@ def _fail(code: int, message: str) -> int:
     return code
 
 
+def command() -> NoReturn:
+    """The console script. An end that nobody waits for: threads of a save that failed wait for each other, and
+    other processes in a collective for this one."""
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if code in (0, _TERMINATED):
+        sys.exit(code)  # of several processes all end
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

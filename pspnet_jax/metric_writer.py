@@ -18,9 +18,11 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, SupportsFloat
+from typing import Any, ClassVar, SupportsFloat
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
+from tensorboardX.summary import scalar as scalar_summary
 
 _SECONDS_BETWEEN_LINES = 15.0
 _SECONDS_BETWEEN_BARS = 0.1
@@ -31,6 +33,7 @@ _SECONDS_BETWEEN_MARKS = 1.0
 _ERASE = "\r\x1b[K"  # the terminal's current line
 
 log = logging.getLogger("pspnet_jax")
+_protos: Any = event_pb2  # classes made at run time
 
 
 class MetricWriter:
@@ -50,7 +53,7 @@ class MetricWriter:
         path = workdir / "metrics.jsonl"
         _drop_rows_after(path, first_step)
         self._file = path.open("a")
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+        self._tensorboard = _EventFile(workdir / "tensorboard", purge_step=first_step + 1)
 
     def write(
         self, step: int, scalars: Mapping[str, float], *, timing: Mapping[str, float]
@@ -61,14 +64,38 @@ class MetricWriter:
         row = {"step": step, **_finite(scalars), "timing": _finite(timing)}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        for name, value in {**scalars, **timing}.items():
-            self._tensorboard.add_scalar(name, value, step)
+        self._tensorboard.write(step, {**scalars, **timing})
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
             self._tensorboard.close()
             self._file = None
+
+
+class _EventFile:
+    """Scalars for TensorBoard, which forgets those from `purge_step` on.
+
+    Written at once by whoever asks: the thread of tensorboardX's SummaryWriter dies where the disk is full, and
+    then everybody waits for it.
+    """
+
+    def __init__(self, folder: Path, *, purge_step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._events = EventsWriter(str(folder / "events"))
+        purge = _protos.SessionLog(status=_protos.SessionLog.START)
+        self._events.write_event(_protos.Event(step=purge_step, session_log=purge))
+        self._events.flush()
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            summary = scalar_summary(name, value)
+            event = _protos.Event(wall_time=time.time(), step=step, summary=summary)
+            self._events.write_event(event)
+        self._events.flush()
+
+    def close(self) -> None:
+        self._events.close()
 
 
 class TrainingProgress:
@@ -95,7 +122,6 @@ class TrainingProgress:
         self._num_steps, self._every, self._images = num_steps, log_every_steps, images_per_step
         self._first_step = first_step
         self._last_step, self._last_time = first_step, time.monotonic()
-        self._num_skipped = 0
 
     def __enter__(self) -> "TrainingProgress":
         return self
@@ -123,13 +149,6 @@ class TrainingProgress:
             timing["images_per_second"] = steps_per_second * self._images
             timing["seconds_left"] = (self._num_steps - step) / steps_per_second
         self._writer.write(step, scalars, timing=timing)
-        if scalars["skipped_steps"] > self._num_skipped:
-            self._num_skipped = int(scalars["skipped_steps"])
-            log.warning(
-                "%d steps so far had a loss or gradient that is not finite and changed nothing; "
-                "a lower learning rate or more warm-up steps may help",
-                self._num_skipped,
-            )
         log.info("%s", progress_line(step, self._num_steps, scalars, timing))
         self._last_step, self._last_time = step, time.monotonic()
 

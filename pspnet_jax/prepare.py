@@ -6,6 +6,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from pspnet_jax import config as config_module
+from pspnet_jax import folder_lock
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.data import builders
 from pspnet_jax.data.folders import FolderSource
@@ -40,7 +41,10 @@ def run(config: ConfigDict, *, output: str) -> Path:
         for name in dict.fromkeys(names)
         if name is not None
     }
-    with Progress(sum(map(len, splits.values())), "examples prepared") as progress:
+    with (
+        folder_lock.held(Path(output)),
+        Progress(sum(map(len, splits.values())), "examples prepared") as progress,
+    ):
         folder = builders.prepare(
             data.root,
             splits,

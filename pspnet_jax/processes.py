@@ -8,10 +8,9 @@
 
 import logging
 import os
-import signal
-import sys
 import threading
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -23,7 +22,6 @@ MEETING_SECONDS = 300
 HEARTBEAT_SECONDS = 100
 """After so long without a sign of life of one process JAX ends the others."""
 
-_ALL_END_WITH = (0, 128 + signal.SIGTERM)
 _OWN = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # What JAX needs to know all of a launcher's processes, and which of it is their number. An interactive shell
 # of SLURM or its batch script has only some of it: nothing was launched there.
@@ -76,14 +74,16 @@ def meet(mode: str, *, seconds: int = MEETING_SECONDS) -> None:
     log.info("process %d of %d", jax.process_index(), jax.process_count())
 
 
-def _give_up(address: str | int, seconds: int) -> None:
+def _give_up(address: str, seconds: int) -> None:
     log.error(
         "the processes did not meet at %s within %d s: is process 0 running, can this machine reach that "
         "address, were all of them started?",
         address,
         seconds,
     )
-    _end(1)
+    for handler in log.handlers:
+        handler.flush()
+    os._exit(1)
 
 
 def num_processes(environment: Mapping[str, str]) -> int:
@@ -96,9 +96,9 @@ def num_processes(environment: Mapping[str, str]) -> int:
     return len(environment.get(_TPU_HOSTS, "").split(","))
 
 
-def _own_variables(environment: Mapping[str, str]) -> dict[str, str | int]:
+def _own_variables(environment: Mapping[str, str]) -> dict[str, Any]:
     """Those of `_OWN` that are set, as arguments of `jax.distributed.initialize`."""
-    known: dict[str, str | int] = {}
+    known: dict[str, Any] = {}
     if _OWN[0] in environment:
         known["coordinator_address"] = environment[_OWN[0]]
     for variable, argument in zip(_OWN[1:], ("num_processes", "process_id"), strict=True):
@@ -112,18 +112,3 @@ def _number(environment: Mapping[str, str], name: str) -> int:
         return int(environment[name])
     except ValueError:
         raise ValueError(f"{name}={environment[name]} is not a number") from None
-
-
-def leave(code: int) -> None:
-    """End this process at once where others wait for it in a collective: an orderly end would wait for them."""
-    if jax.distributed.is_initialized() and code not in _ALL_END_WITH:
-        _end(code)
-
-
-def _end(code: int) -> None:
-    """Without waiting for anything."""
-    for handler in log.handlers:
-        handler.flush()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

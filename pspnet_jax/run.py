@@ -7,6 +7,7 @@
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -40,13 +41,14 @@ from pspnet_jax.checkpoint import (
     flatten,
 )
 from pspnet_jax.data import transforms, unreadable
-from pspnet_jax.data.pipeline import Source, training_batches
+from pspnet_jax.data.pipeline import Source, name_of, training_batches
 from pspnet_jax.metric_writer import MetricWriter, TrainingProgress, log_to, write_whole
 from pspnet_jax.models.layers import NoRandomNumbers, RandomNumbers
 from pspnet_jax.models.pspnet import ModelOptions
 from pspnet_jax.pretrained import start_from
 from pspnet_jax.report import summary, write_report
 from pspnet_jax.segmenter import Description, Provenance, Segmenter, model_part
+from pspnet_jax.skipped_steps import SkippedSteps
 from pspnet_jax.train_step import TrainState, TrainStep
 from pspnet_jax.watchdog import Watchdog
 
@@ -101,6 +103,13 @@ class Run:
             images_per_step=options.global_batch_size,
         )
 
+    def skipped_steps(self, state: TrainState) -> SkippedSteps:
+        return SkippedSteps(
+            int(state.skipped_steps),
+            most_in_a_row=self.config.train.skipped_in_a_row_max,
+            name_of=functools.partial(name_of, self.source),
+        )
+
     def watchdog(self) -> Watchdog:
         return Watchdog(
             60 * self.config.train.watchdog_minutes,
@@ -110,6 +119,10 @@ class Run:
     def evaluates_at(self, step: int) -> bool:
         options = self.config.train
         return step % options.evaluate_every_steps == 0 or step == options.num_steps
+
+    def logs_at(self, step: int) -> bool:
+        options = self.config.train
+        return step % options.log_every_steps == 0 or step == options.num_steps
 
     def saves_at(self, step: int) -> bool:
         return step % self.config.train.checkpoint_every_steps == 0 or self.evaluates_at(step)
@@ -266,6 +279,13 @@ class Run:
         else:
             log_to(self.workdir / f"log-{number}.txt", console_level=logging.WARNING)
 
+    def tell_killed(self, process: str) -> None:
+        log.warning(
+            "%s, which wrote here before, was ended without a word: kill -9, want of memory, the machine, or "
+            "the watchdog (exit code 75), whose words stand above",
+            process,
+        )
+
     def look_at_data(self) -> None:
         """Read a few images of both splits: most faults of data show at once, not hours later."""
         data, label_set = self.config.data, self.description.label_set
@@ -275,6 +295,7 @@ class Run:
     def announce(self) -> None:
         """Say what is trained on what; the first step is silent for as long as it compiles."""
         log.debug("command: %s", shlex.join(sys.argv))
+        log.debug("config: %s", json.dumps(self.config.to_dict()))
         log.debug(
             "process %d of %d (%d on %s); Python %s, %s",
             jax.process_index(),

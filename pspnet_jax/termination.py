@@ -11,11 +11,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
-
-EXIT_CODE = 128 + signal.SIGTERM
 
 
 class Terminated(BaseException):
@@ -28,7 +27,7 @@ class Termination:
     def __init__(self):
         self._is_asked = False
         self._raises = False
-        self._before: object = None
+        self._before: Any = None
 
     def __enter__(self) -> "Termination":
         # With several processes JAX listens; only the main thread can.

@@ -29,8 +29,10 @@ def train(config: ConfigDict, workdir: Path) -> Path:
         Terminated: where SIGTERM told the process to end; what was learned is saved.
     """
     run = compose(config, workdir)
-    with folder_lock.held(workdir) if jax.process_index() == 0 else nullcontext():
+    with folder_lock.held(workdir) if jax.process_index() == 0 else nullcontext("") as killed:
         run.open_log()
+        if killed:
+            run.tell_killed(killed)
         run.look_at_data()
         state = run.resume_or_start()
         run.write_config()
@@ -41,7 +43,7 @@ def train(config: ConfigDict, workdir: Path) -> Path:
 
 def _take_steps(run: Run, state: TrainState) -> None:
     """From the state to the last step."""
-    first_step = int(state.step)
+    first_step, skipped = int(state.step), run.skipped_steps(state)
     with (
         Termination() as termination,
         run.watchdog() as watchdog,
@@ -57,9 +59,12 @@ def _take_steps(run: Run, state: TrainState) -> None:
         if run.lacks_report(first_step):
             evaluate(first_step)
         for step in range(first_step + 1, run.config.train.num_steps + 1):
-            batch = parallel.shard_batch(next(batches), run.mesh)
-            state, metrics = run.train_step(state, batch)
+            batch = next(batches)
+            state, metrics = run.train_step(state, parallel.shard_batch(batch, run.mesh))
             progress.log(step, metrics)
+            skipped.hear(step, metrics, batch.index)
+            if run.logs_at(step):
+                skipped.tell()
             watchdog.hear()
             ends = termination.stops_after(step)
             mean_iou = evaluate(step) if run.evaluates_at(step) and not ends else None

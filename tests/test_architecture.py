@@ -28,6 +28,7 @@ LAYERS = [
         "termination",
         "watchdog",
         "folder_lock",
+        "skipped_steps",
         "weights/",
     ],
     ["data/", "models/", "losses", "optimizer", "metrics", "parallel", "visualize"],

@@ -30,10 +30,11 @@ def test_a_second_process_is_told_who_holds_it_and_a_kill_lets_go(tmp_path):
         with pytest.raises(ValueError, match=message), folder_lock.held(folder):
             pass
         holder.send_signal(signal.SIGKILL)
-    with folder_lock.held(folder):
+    with folder_lock.held(folder) as killed:
+        assert killed.startswith(f"process {holder.pid} on ")
         assert f"process {os.getpid()} on" in (folder / ".lock").read_text()
-    with folder_lock.held(folder):
-        pass
+    with folder_lock.held(folder) as killed:
+        assert killed == ""
 
 
 def test_file_systems_without_locks_are_a_warning(tmp_path, monkeypatch, caplog):

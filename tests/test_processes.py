@@ -74,8 +74,10 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def start(data, workdir, *, index=0, count=1, devices=2, port=0, **options) -> subprocess.Popen:
-    """One process of a training of the tiny network."""
+def start(
+    data, workdir, *, index=0, count=1, devices=2, port=0, before="", **options
+) -> subprocess.Popen:
+    """One process of a training of the tiny network; `before`: Python that runs in it first."""
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
@@ -89,6 +91,8 @@ def start(data, workdir, *, index=0, count=1, devices=2, port=0, **options) -> s
     return subprocess.Popen(
         [
             sys.executable,
+            "-c",
+            f"{before}\nimport os, sys\nos.execv(sys.executable, [sys.executable, *sys.argv[1:]])",
             "-m",
             "pspnet_jax.main",
             f"--config={ROOT / 'tests' / 'tiny_config.py'}",
@@ -101,6 +105,7 @@ def start(data, workdir, *, index=0, count=1, devices=2, port=0, **options) -> s
         text=True,
         env=environment,
         cwd=ROOT,
+        start_new_session=True,
     )
 
 
@@ -142,6 +147,25 @@ def test_two_processes_train_what_one_trains(data, tmp_path):
     first, second = (tree["backbone"]["stem"]["norm1"]["mean"] for tree in checkpoints)
     np.testing.assert_allclose(first, second, rtol=1e-4)
     assert (tmp_path / "two" / "log-1.txt").is_file()
+
+
+def test_a_run_goes_on_with_fewer_devices(data, tmp_path):
+    """Begun on eight, gone on with on four, ended on one: the batches and losses of eight alone."""
+    for devices, num_steps in ((8, 2), (4, 4), (1, 6)):
+        options = {"optimizer__schedule": "multistep", "train__num_steps": num_steps}
+        ran = start(data, tmp_path / "fewer", devices=devices, **options)
+        ((code, text),) = finish([ran])
+        assert code == 0, text
+        assert f"{devices} x " in text
+    ((code, text),) = finish([start(data, tmp_path / "eight", devices=8, **options)])
+    assert code == 0, text
+    fewer, eight = (
+        [row for row in rows(tmp_path / name) if "loss" in row] for name in ("fewer", "eight")
+    )
+    assert [row["step"] for row in fewer] == [row["step"] for row in eight] == [2, 4, 6]
+    for a, b in zip(fewer, eight, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-3)
 
 
 def wait_for_step(workdir, step, *, seconds=180):

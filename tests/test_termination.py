@@ -43,6 +43,20 @@ def test_the_step_at_hand_is_saved_and_the_same_command_goes_on(data, tmp_path):
     assert f"resuming from step {step}" in text
 
 
+def test_loader_processes_that_are_told_too_deliver_what_the_last_step_needs(data, tmp_path):
+    running = start(data, tmp_path, data__num_workers=2, **ENDLESS)
+    try:
+        wait_for_step(tmp_path, 4)
+        os.killpg(running.pid, signal.SIGTERM)  # as schedulers do
+    except BaseException:
+        running.kill()
+        raise
+    ((code, text),) = finish([running])
+    assert code == 143, text
+    (step,) = CheckpointFolder(tmp_path / "checkpoints").steps()
+    assert f"told to end by SIGTERM after step {step}" in text
+
+
 def signal_this_process():
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.01)

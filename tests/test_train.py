@@ -1,6 +1,7 @@
 """A run as a whole: files, resuming bit for bit, and faults that lose nothing."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -13,6 +14,7 @@ from pspnet_jax.catalog import load_label_set
 from pspnet_jax.checkpoint import CheckpointFolder, CorruptCheckpointError
 from pspnet_jax.compose import compose
 from pspnet_jax.config import default_config, from_json, scale_to_batch, to_json, validate
+from pspnet_jax.skipped_steps import NotFiniteError
 from pspnet_jax.train import train
 
 from pictures import write_split
@@ -76,6 +78,7 @@ def interrupt_at(monkeypatch, step):
 def test_a_run_leaves_its_files(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {
+        ".lock",
         "config.json",
         "checkpoints",
         "metrics.jsonl",
@@ -92,6 +95,30 @@ def test_a_run_leaves_its_files(finished):
     for folder in folders:  # one line each; the command line prints the other paths at the end
         assert text.count(f"{folder}/report.html") == 1
         assert f"{folder}/report.md" not in text
+
+
+def test_the_log_alone_gives_the_run_again(finished, tmp_path):
+    """Versions, command, machine and the whole config stand in it, and what became of every checkpoint."""
+    text = (finished / "log.txt").read_text()
+    (config,) = re.findall(r"DEBUG config: (.*)", text)
+    train(from_json(config), tmp_path)
+    assert digests(tmp_path, 6) == digests(finished, 6)
+    assert re.search(r"command: .+\n.+process 0 of 1 .+ Python 3\.\d+.+jax \d", text)
+    for step in (2, 4, 6):
+        assert f"step {step} is saved and was read back" in text
+
+
+def test_a_run_that_diverges_ends_and_names_its_images(data, tmp_path):
+    options = {"train__skipped_in_a_row_max": 3, "train__log_every_steps": 1}
+    with pytest.raises(NotFiniteError, match="3 steps in a row, up to step "):
+        train(tiny(data, optimizer__learning_rate=1e30, **options), tmp_path)
+    lines = re.findall(
+        r"step (\d+) changed nothing: .* images: (.*)", (tmp_path / "log.txt").read_text()
+    )
+    assert len(lines) == 3
+    assert {len(names.split(", ")) for _, names in lines} == {8}
+    known = {path.stem for path in (data / "train").iterdir()}
+    assert set(lines[0][1].split(", ")) <= known
 
 
 def test_rows_hold_losses_and_evaluations(finished):
@@ -305,9 +332,8 @@ def test_learning_rate_and_steps_follow_the_batch(data, tmp_path):
     assert (optimizer.warmup_steps, optimizer.milestones) == (12, (24, 32))
     assert (steps.num_steps, steps.evaluate_every_steps) == (40, 20)
     assert steps.recipe_batch_size == 8  # what config.json holds is not scaled again
-    text = (tmp_path / "log.txt").read_text()
-    assert "from a batch of 32 to one of 8 images" in text
-    assert "optimizer.learning_rate: 0.01 -> 0.0025" in text
+    assert "from a batch of 32 to one of 8 images" in run.what_was_scaled
+    assert "optimizer.learning_rate: 0.01 -> 0.0025" in run.what_was_scaled
     assert config.train.num_steps == 10  # the caller's is left alone
 
 

@@ -19,7 +19,7 @@ from absl import flags
 from pspnet_jax.arrays import Batch, Example
 from pspnet_jax.catalog import LabelSet
 from pspnet_jax.data.folders import FolderSource
-from pspnet_jax.data.layouts import DataError
+from pspnet_jax.data.layouts import DataError, Pair
 from pspnet_jax.data.scenes import Scenes
 from pspnet_jax.data.workers import start_worker
 
@@ -34,6 +34,15 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
+
+
+@runtime_checkable
+class Records(Protocol):
+    """A source that can hand out the contents of its files; `builders.PreparedSource` is one."""
+
+    def __len__(self) -> int: ...
+
+    def record(self, index: int) -> tuple[Pair, bytes, bytes]: ...
 
 
 def open_source(
@@ -57,6 +66,15 @@ def open_source(
 
         return PreparedSource(root, layout=layout, split=split, label_set=label_set)
     return FolderSource(root, layout=layout, split=split, label_set=label_set)
+
+
+def name_of(source: Source, position: int) -> str:
+    """What people call an example: its file's name, where it has one."""
+    if isinstance(source, FolderSource):
+        return source.names[position]
+    if isinstance(source, Records):
+        return source.record(position)[0].name
+    return f"number {position}"
 
 
 def training_batches(

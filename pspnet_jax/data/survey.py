@@ -9,7 +9,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
@@ -25,6 +25,7 @@ from pspnet_jax.data.folders import (
     to_labels,
 )
 from pspnet_jax.data.layouts import DataError, Pair
+from pspnet_jax.data.pipeline import Records
 from pspnet_jax.data.workers import in_order, num_cores
 
 Counts = Int64[np.ndarray, "256"]
@@ -37,15 +38,6 @@ OUT_OF_RANGE = "masks with values or colors that the label set does not list"
 
 _FEWEST_FOR_PROCESSES = 64  # below that, starting processes takes longer than reading
 _MOST_PROCESSES = 16  # each holds about 250 MB
-
-
-@runtime_checkable
-class Records(Protocol):
-    """A source that can hand out the contents of its files; `builders.PreparedSource` is one."""
-
-    def __len__(self) -> int: ...
-
-    def record(self, index: int) -> tuple[Pair, bytes, bytes]: ...
 
 
 class Finding(NamedTuple):

@@ -2,6 +2,8 @@
 
 * They never touch an accelerator, and they end when their parent does, however it ends.
 * Ctrl-C is for the parent: it stops handing out work, and the processes end with what they are at.
+* SIGTERM, which schedulers send to all processes of a job, too: a training finishes the step at hand, for which
+  it may need another batch. They go on for as long as that may take, then they end.
 """
 
 import os
@@ -13,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
+from types import FrameType
 from typing import TypeVar
 
 import cv2
@@ -22,6 +25,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _ITEMS_AT_ONCE = 4
+_SECONDS_AFTER_SIGTERM = 60
 
 
 def num_cores() -> int:
@@ -56,9 +60,8 @@ def in_order(
 
 def start_worker() -> None:
     """What a loader process does first."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the parent, which ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_later)
     jax.config.update("jax_platforms", "cpu")
     cv2.setNumThreads(0)
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
@@ -72,6 +75,12 @@ def _interrupts_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_later(number: int, frame: FrameType | None) -> None:
+    timer = threading.Timer(_SECONDS_AFTER_SIGTERM, os._exit, [128 + number])
+    timer.daemon = True
+    timer.start()
 
 
 def _end_with_parent(parent: int) -> None:

@@ -107,6 +107,30 @@ def label_set(content: bytes, rng: random.Random, folder: Path) -> object:
     return found.from_raw(np.array([[0]], np.uint8))
 
 
+def label_mapping(content: bytes, rng: random.Random, folder: Path) -> object:
+    """A random label set that may clash with itself, and masks of random ids or colors."""
+    from pspnet_jax.catalog import load_label_set
+    from pspnet_jax.data import folders
+
+    count, most = rng.randrange(1, 12), rng.choice((12, 256, 256))
+    rows = [[rng.randrange(most) for _ in range(rng.choice((4, 4, 4, 6)))] for _ in range(count)]
+    lines = ["id,name,red,green,blue,raw_ids"]
+    for i, (red, green, blue, *raw) in enumerate(rows):
+        lines.append(f"{i},class_{i},{red},{green},{blue},{' '.join(map(str, raw))}")
+    (folder / "labels.csv").write_text("\n".join(lines) + "\n")
+    found = load_label_set(str(folder / "labels.csv"))
+    shape = (rng.randrange(1, 9), rng.randrange(1, 9), *rng.choice(((), (3,))))
+    places = np.array([rng.randrange(count) for _ in range(shape[0] * shape[1])])
+    listed = np.array([row[:3] if len(shape) == 3 else row[3] for row in rows], np.uint8)
+    mask = listed[places].reshape(shape)
+    if rng.random() < 0.3:
+        mask[0, 0] ^= 1 << rng.randrange(8)
+    labels = folders.to_labels("mask.png", mask, found, None)
+    assert labels.shape == shape[:2]
+    assert set(np.unique(labels)) <= {*range(count), 255}
+    return labels
+
+
 def pytorch_file(content: bytes, rng: random.Random, folder: Path) -> object:
     """A mutated .pth file, all of its arrays read."""
     from pspnet_jax.weights import pytorch
@@ -147,9 +171,8 @@ def overrides(content: bytes, rng: random.Random, folder: Path) -> object:
     )
     values += ("True", "semseg", "10**10", "'", "[", "\x00", "0.5", "resnet50", "9" * 30)
     words = ["--config=" + str(folder / "config.py")]
-    (folder / "config.py").write_text(
-        "from pspnet_jax.config import default_config as get_config\n"
-    )
+    scenes = Path(__file__).parent.parent / "configs" / "scenes.py"
+    (folder / "config.py").write_text(scenes.read_text())
     for _ in range(rng.randrange(1, 4)):
         words.append(f"--config.{rng.choice(config_module.option_names())}={rng.choice(values)}")
     verb = main_module.VERBS["train"]
@@ -209,6 +232,7 @@ def seeds() -> dict[str, tuple[Target, list[bytes]]]:
         "masks": (decode_mask, masks),
         "examples": (example, masks[:2]),
         "label sets": (label_set, [sheet]),
+        "label mappings": (label_mapping, [b""]),
         "PyTorch files": (
             pytorch_file,
             [path.read_bytes() for path in sorted(GOLDENS.glob("pytorch_*.pth"))],

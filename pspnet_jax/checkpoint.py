@@ -262,9 +262,13 @@ def _root_cause(error: BaseException, *, handled: BaseException | None = None) -
     Args:
         handled: what was being handled already; it did not start this.
     """
-    while (cause := error.__cause__ or error.__context__) not in (None, handled):
+    while True:
+        cause = error.__cause__ or error.__context__
+        if cause is None or cause is handled:
+            break
         error = cause
-    return str(error).strip().split("\n")[0][:300] or type(error).__name__
+    text = str(error).strip().split("\n")[0] or type(error).__name__
+    return text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
 
 
 def _to_host_copy(leaf: Any) -> Any:

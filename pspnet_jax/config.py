@@ -10,6 +10,7 @@
 import json
 import re
 from collections.abc import Callable
+from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -228,7 +229,7 @@ def validate(config: ConfigDict) -> None:
     faults = []
     for name, (is_valid, requirement) in _CONSTRAINTS.items():
         value = _get(config, name)
-        if value is not None and not is_valid(value):
+        if value is not None and not _is_valid(value, is_valid):
             faults.append(f"{name}={value!r} must be {requirement}")
     augment = config.augment
     if augment.scale_min and augment.scale_max and augment.scale_min > augment.scale_max:
@@ -244,6 +245,13 @@ def validate(config: ConfigDict) -> None:
         faults.append(f"name={config.name!r} must be the name of a folder")
     if faults:
         raise ValueError("the config has faults:\n  " + "\n  ".join(faults))
+
+
+def _is_valid(value: Any, is_valid: Callable[[Any], bool]) -> bool:
+    try:
+        return is_valid(value)
+    except TypeError:  # a word in a tuple of numbers
+        return False
 
 
 def scale_to_batch(config: ConfigDict) -> str | None:

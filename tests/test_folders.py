@@ -8,7 +8,7 @@ import pytest
 
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.data import headers
-from pspnet_jax.data.folders import FolderSource, read_image, read_mask
+from pspnet_jax.data.folders import FolderSource, decode_image, decode_mask, read_image, read_mask
 from pspnet_jax.data.layouts import DataError
 
 from pictures import (
@@ -294,3 +294,19 @@ def test_header_of_what_is_damaged_or_foreign(tmp_path):
     no_marker = b"\x00\xc0\x00\x11\x08\x00\x10\x00\x10\x03"
     assert headers.parse(b"\xff\xd8" + no_marker) is None
     assert headers.parse(b"\xff\xd8\xff" + no_marker[1:]).width == 16
+
+
+def test_files_that_would_take_gigabytes_are_refused():
+    _, png = cv2.imencode(".png", np.zeros((3, 7), np.uint8))
+    content = bytearray(png.tobytes())
+    at = content.index(b"IDAT") - 4
+    with pytest.raises(DataError, match="corrupt or truncated"):
+        decode_mask("mask.png", bytes(content[:at] + b"\x7f\xff\xff\xff" + content[at + 4 :]))
+    with pytest.raises(DataError, match="corrupt or truncated"):
+        decode_mask("mask.png", bytes(content[: at + 9]))
+    _, jpeg = cv2.imencode(".jpg", np.zeros((3, 7), np.uint8))
+    content = bytearray(jpeg.tobytes())
+    at = content.index(b"\xff\xc0") + 5  # height and width in the start of the frame
+    content[at : at + 4] = b"\xff\xff\xff\xff"
+    with pytest.raises(DataError, match="65535x65535 pixels are more than the 268,435,456"):
+        decode_image("photo.jpg", bytes(content))

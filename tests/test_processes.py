@@ -129,43 +129,51 @@ def rows(workdir) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k != "timing"} for line in lines]
 
 
-def test_two_processes_train_what_one_trains(data, tmp_path):
-    """Losses, gradients and statistics of four devices; the report counts the images of both."""
-    ((code, text),) = finish([start(data, tmp_path / "one", devices=4)])
+# The learning rate does not depend on the last step; one evaluation.
+SHORT = {"optimizer__schedule": "multistep", "train__evaluate_every_steps": 6}
+
+
+@pytest.fixture(scope="module")
+def one(data, tmp_path_factory):
+    """Six steps of one process with four devices."""
+    workdir = tmp_path_factory.mktemp("one")
+    ((code, text),) = finish([start(data, workdir, devices=4, **SHORT)])
     assert code == 0, text
-    for code, text in finish(start_two(data, tmp_path / "two")):
-        assert code == 0, text
-    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
-    assert [row.keys() for row in one] == [row.keys() for row in two]
-    for a, b in zip(one, two, strict=True):
+    return workdir
+
+
+def check_same_training(found, expected):
+    """Losses, gradients and scores up to rounding, which later flips the sign of an activation here and there."""
+    assert [row.keys() for row in found] == [row.keys() for row in expected]
+    for a, b in zip(found, expected, strict=True):
+        rel = 1e-5 if a["step"] == 2 else 1e-2
         for name in a:
-            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), (a["step"], name)
+            assert a[name] == pytest.approx(b[name], rel=rel, abs=1e-6), (a["step"], name)
+
+
+def test_two_processes_train_what_one_trains(data, one, tmp_path):
+    """With two devices each; the report counts the images of both."""
+    for code, text in finish(start_two(data, tmp_path, **SHORT)):
+        assert code == 0, text
+    check_same_training(rows(tmp_path), rows(one))
     checkpoints = [
-        CheckpointFolder(tmp_path / name / "checkpoints").load(6, "model")["batch_stats"]
-        for name in ("one", "two")
+        CheckpointFolder(folder / "checkpoints").load(6, "model")["batch_stats"]
+        for folder in (one, tmp_path)
     ]
     first, second = (tree["backbone"]["stem"]["norm1"]["mean"] for tree in checkpoints)
-    np.testing.assert_allclose(first, second, rtol=1e-4)
-    assert (tmp_path / "two" / "log-1.txt").is_file()
+    np.testing.assert_allclose(first, second, rtol=1e-2)
+    assert (tmp_path / "log-1.txt").is_file()
 
 
-def test_a_run_goes_on_with_fewer_devices(data, tmp_path):
-    """Begun on eight, gone on with on four, ended on one: the batches and losses of eight alone."""
-    for devices, num_steps in ((8, 2), (4, 4), (1, 6)):
-        options = {"optimizer__schedule": "multistep", "train__num_steps": num_steps}
-        ran = start(data, tmp_path / "fewer", devices=devices, **options)
-        ((code, text),) = finish([ran])
+def test_a_run_goes_on_with_fewer_devices(data, one, tmp_path):
+    """Begun on eight, gone on with on two, ended on one."""
+    for devices, num_steps in ((8, 2), (2, 4), (1, 6)):
+        options = SHORT | {"train__num_steps": num_steps}
+        ((code, text),) = finish([start(data, tmp_path, devices=devices, **options)])
         assert code == 0, text
-        assert f"{devices} x " in text
-    ((code, text),) = finish([start(data, tmp_path / "eight", devices=8, **options)])
-    assert code == 0, text
-    fewer, eight = (
-        [row for row in rows(tmp_path / name) if "loss" in row] for name in ("fewer", "eight")
-    )
-    assert [row["step"] for row in fewer] == [row["step"] for row in eight] == [2, 4, 6]
-    for a, b in zip(fewer, eight, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
-        assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-3)
+        assert f" {devices} x cpu" in text
+    found, expected = ([r for r in rows(folder) if "loss" in r] for folder in (tmp_path, one))
+    check_same_training(found, expected)
 
 
 def wait_for_step(workdir, step, *, seconds=180):

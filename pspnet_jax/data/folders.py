@@ -20,6 +20,9 @@ from pspnet_jax.catalog import LabelSet
 from pspnet_jax.data import headers
 from pspnet_jax.data.layouts import DataError, Pair, find_pairs
 
+MOST_PIXELS = 2**28
+"""Of one file: more would take gigabytes, as a damaged or a malicious one does."""
+
 # What turns a mask like its image, by the image's Exif orientation.
 _TURNS = {
     5: "cv2.transpose(m)",
@@ -187,6 +190,13 @@ def to_labels(
 def _decode(path: Path | str, encoded: bytes, mode: int) -> np.ndarray:
     if not encoded:
         raise DataError(f"{path}: the file is empty")
+    if headers.has_oversized_chunk(encoded):
+        raise DataError(f"{path}: cannot be decoded (corrupt or truncated)")
+    header = headers.parse(encoded)
+    if header is not None and header.height * header.width > MOST_PIXELS:
+        raise DataError(
+            f"{path}: {header.height}x{header.width} pixels are more than the {MOST_PIXELS:,} that are read"
+        )
     try:
         decoded = cv2.imdecode(np.frombuffer(encoded, np.uint8), mode)
     except cv2.error as error:

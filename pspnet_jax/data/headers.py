@@ -45,6 +45,16 @@ def parse(encoded: bytes) -> Header | None:
         return None
 
 
+def has_oversized_chunk(encoded: bytes) -> bool:
+    """Whether a chunk of a PNG says that it is longer than the file: a reader would reserve memory for it."""
+    if not encoded.startswith(_PNG_SIGNATURE):
+        return False
+    position = len(_PNG_SIGNATURE)
+    while position + 4 <= len(encoded):
+        position += 12 + int.from_bytes(encoded[position : position + 4])
+    return position > len(encoded) + 12
+
+
 def _parse_png(encoded: bytes) -> Header:
     width, height, bits, color_type = struct.unpack_from(">IIBB", encoded, 16)
     has_alpha, orientation = color_type in (4, 6), 1

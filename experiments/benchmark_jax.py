@@ -18,7 +18,7 @@ from flax import nnx
 from pspnet_jax import parallel, programs, protocols
 from pspnet_jax.arrays import Batch
 from pspnet_jax.catalog import load_label_set
-from pspnet_jax.compose import split_step
+from pspnet_jax.compose import jit_over_mesh
 from pspnet_jax.config import default_config
 from pspnet_jax.losses import LossOptions
 from pspnet_jax.models.pspnet import FAMILIES, ModelOptions, PSPNet, is_head
@@ -221,7 +221,7 @@ def _compiled_step(task: Task) -> tuple[Callable, dict, TrainState, Batch]:
     batch = parallel.shard_batch(Batch(images, labels, index, valid), mesh)
     state = jax.device_put(create_train_state(model, optimizer), parallel.replicated(mesh))
     compiler = functools.partial(programs.compile_step, platform=parallel.platform_of(mesh))
-    compiled, facts = compile_(task, split_step(step, mesh), state, batch, compiler=compiler)
+    compiled, facts = compile_(task, jit_over_mesh(step, mesh), state, batch, compiler=compiler)
     return compiled, facts, state, batch
 
 

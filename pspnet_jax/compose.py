@@ -90,12 +90,12 @@ def compose(config: ConfigDict, workdir: Path) -> Run:
         initial_state=lambda rng: create_train_state(
             PSPNet(options, label_set.num_classes, rng=rng), optimizer
         ),
-        train_step=compile_step(step, mesh),
+        train_step=compile_when_called(step, mesh),
         checkpoints=CheckpointFolder(workdir / "checkpoints"),
     )
 
 
-def split_step(step: TrainStep, mesh: Mesh) -> jax.stages.Wrapped:
+def jit_over_mesh(step: TrainStep, mesh: Mesh) -> jax.stages.Wrapped:
     """The step under `jax.jit` over the mesh: state replicated and donated, batch split."""
     everywhere = parallel.replicated(mesh)
     return jax.jit(
@@ -106,9 +106,9 @@ def split_step(step: TrainStep, mesh: Mesh) -> jax.stages.Wrapped:
     )
 
 
-def compile_step(step: TrainStep, mesh: Mesh) -> TrainStep:
+def compile_when_called(step: TrainStep, mesh: Mesh) -> TrainStep:
     """The step over the mesh, compiled when it is first called; batches of another shape are a TypeError."""
-    jitted, platform = split_step(step, mesh), parallel.platform_of(mesh)
+    jitted, platform = jit_over_mesh(step, mesh), parallel.platform_of(mesh)
     compiled: TrainStep | None = None
 
     def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

@@ -10,7 +10,7 @@ import pytest
 
 from pspnet_jax import parallel, programs
 from pspnet_jax.arrays import IGNORE_LABEL, Batch
-from pspnet_jax.compose import compile_step, split_step
+from pspnet_jax.compose import compile_when_called, jit_over_mesh
 from pspnet_jax.losses import PLAIN, LossOptions
 from pspnet_jax.models.pspnet import IMAGENET_8BIT, is_head
 from pspnet_jax.optimizer import poly_schedule, sgd
@@ -57,7 +57,7 @@ def run_on(devices, dtype, **options):
         lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, state
     )
     mesh = parallel.make_mesh(devices)
-    compiled = compile_step(step, mesh)
+    compiled = compile_when_called(step, mesh)
     state = jax.device_put(state, parallel.replicated(mesh))
     history = []
     for _ in range(2):
@@ -205,7 +205,7 @@ def test_compiled_step_plans_less_memory_and_copies_no_state():
     """What `programs.compile_step` and the velocity ask of XLA for CPUs is done: nothing else would show it
     where a version of XLA knows its passes by other names."""
     state, step = make_state_and_step(platform="cpu")
-    jitted = split_step(step, parallel.make_mesh(jax.devices()[:1]))
+    jitted = jit_over_mesh(step, parallel.make_mesh(jax.devices()[:1]))
     arguments = (state, make_batch(4))
     plain, ours = (
         jitted.lower(*arguments).compile(),

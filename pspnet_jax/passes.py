@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pspnet_jax import canvas as canvas_module
-from pspnet_jax.arrays import Images, Logits, RawImages
+from pspnet_jax.arrays import Images, Labels, Logits, RawImages
 from pspnet_jax.canvas import AxisTaps, Tile, Wanted
 from pspnet_jax.checkpoint import Tree
 from pspnet_jax.models.layers import NoRandomNumbers
@@ -78,6 +78,28 @@ def _normalized(images: RawImages | Images, network: Network) -> Images:
 def logits(params: Tree, batch_stats: Tree, images, *, network: Network) -> Logits:
     """Of images at their own size; uint8 ones are raw RGB, floating ones normalized."""
     return _logits_of(params, batch_stats, _normalized(images, network), network=network)
+
+
+def logits_by_rows(
+    params: Tree, batch_stats: Tree, images, *, network: Network, mesh: Mesh
+) -> Logits:
+    """`logits` where each device has a part of the rows of every map; what they need of their neighbors' rows,
+    XLA sends. Inside of a compiled function: numbers of rows that the devices do not divide cannot be placed from
+    outside."""
+    rows = NamedSharding(mesh, PartitionSpec(None, "data"))
+    images = jax.lax.with_sharding_constraint(_normalized(images, network), rows)
+    scores = _logits_of(params, batch_stats, images, network=network)
+    return jax.lax.with_sharding_constraint(scores, rows)
+
+
+@functools.partial(jax.jit, static_argnames=("network", "mesh"))
+def class_maps_by_rows(
+    params: Tree, batch_stats: Tree, images, *, network: Network, mesh: Mesh
+) -> Labels:
+    """The most probable class of each pixel, on every device."""
+    scores = logits_by_rows(params, batch_stats, images, network=network, mesh=mesh)
+    classes = jnp.argmax(scores, axis=-1).astype(jnp.uint8)
+    return jax.lax.with_sharding_constraint(classes, NamedSharding(mesh, PartitionSpec()))
 
 
 @functools.partial(jax.jit, static_argnames="network")

@@ -8,6 +8,7 @@
   for each size that the network pads images to.
 """
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -220,6 +221,20 @@ class Segmenter:
         """The most probable class of each pixel of one image, as train ids."""
         (prediction,) = self.predict([image])
         return prediction.class_map
+
+    def class_map_by_rows(self, image: RawImage) -> LabelMap:
+        """`class_map` of one image that is too large for one device: whole, at its own size, without its mirror
+        image. Each device has a part of the rows of every map; sums differ by rounding.
+
+        Args:
+            image: RGB, 0 .. 255.
+        """
+        # The forms for CPUs cannot be split by rows.
+        platform = None if self._network.platform == "cpu" else self._network.platform
+        network = dataclasses.replace(self._network, platform=platform)
+        images = jax.device_put(image[None], parallel.replicated(self._mesh))
+        classes = passes.class_maps_by_rows(*self._state, images, network=network, mesh=self._mesh)
+        return np.asarray(classes)[0]
 
     def choose_protocol(self, name: str | None = None, **options: Any) -> Protocol:
         """A protocol by name (None: the checkpoint's own) with every option that is not None."""

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import re
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ import pytest
 import semseg_protocol
 from compiling import compilations
 
-from pspnet_jax import load, passes
+from pspnet_jax import load, parallel, passes
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.checkpoint import CheckpointFolder
 from pspnet_jax.models.pspnet import IMAGENET_8BIT
@@ -323,3 +324,39 @@ def test_an_image_of_24_megapixels_and_150_classes_takes_less_than_8_gb():
     peak_kib = int(done.stdout)
     print(f"peak {peak_kib / 2**20:.2f} GiB")
     assert peak_kib * 1024 < 8e9
+
+
+@pytest.mark.parametrize("ways", [2, 4])
+def test_rows_are_split_over_devices(segmenter, ways):
+    """A height that they do not divide: equal logits, and of every large map each device has its part only."""
+    image = example(137, 90).image
+    mesh = parallel.make_mesh(jax.devices()[:ways])
+    plain = dataclasses.replace(segmenter._network, platform=None)
+    _, params, batch_stats = split_model(network(CAMVID.num_classes))
+    state = jax.device_put((params, batch_stats), parallel.replicated(mesh))
+    by_rows = jax.jit(functools.partial(passes.logits_by_rows, network=plain, mesh=mesh))
+    images = jax.device_put(image[None], parallel.replicated(mesh))
+    compiled = by_rows.lower(*state, images).compile()
+    expected = np.asarray(segmenter.logits(image[None]))
+    found = np.asarray(compiled(*state, images))
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    text = compiled.as_text()
+    heights = [int(height) for height in re.findall(r"f32\[1,(\d+),\S+ convolution\(", text)]
+    assert len(heights) > 15
+    assert max(heights) == -(
+        -69 // ways
+    )  # 137 rows in the stem's first convolution: 69 at stride 2
+    assert "collective-permute" in text
+
+
+def test_class_map_by_rows(segmenter):
+    image = example(59, 44).image
+    expected = segmenter.class_map(image)
+    assert len(np.unique(expected)) > 1
+    scores = np.sort(np.asarray(segmenter.logits(image[None])), axis=-1)[0]
+    is_near = scores[..., -1] - scores[..., -2] < 1e-4
+    found = segmenter.class_map_by_rows(image)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(
+        found[~is_near], np.argmax(segmenter.logits(image[None]), -1)[0][~is_near]
+    )

@@ -5,7 +5,7 @@
 Each input must give a result or an error of a kind that the command line turns into a sentence, within
 seconds and without gigabytes. Seeds are files of every kind; an input is a seed with bytes or words changed,
 cut, doubled or drawn anew. Inputs go through processes of a few hundred, so that a crash is seen and its
-input is kept.
+number is kept.
 """
 
 import argparse

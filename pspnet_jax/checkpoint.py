@@ -91,6 +91,8 @@ class CheckpointFolder:
             text = (self.folder(step) / _RECORD_FILE).read_text()
             metadata = json.loads(text)["custom_metadata"]
             shapes = metadata.get("shapes")
+            if shapes and metadata["score_digest"] != _score_digest(step, metadata["mean_iou"]):
+                raise ValueError("its score differs from the digest")
             record = StepRecord(metadata["digests"], metadata["mean_iou"], shapes)
         except Exception as error:
             raise CorruptCheckpointError(f"{self.folder(step)}: {error}") from error
@@ -125,10 +127,24 @@ class CheckpointFolder:
             custom_metadata={
                 "digests": {**digests},
                 "mean_iou": mean_iou,
+                "score_digest": _score_digest(step, mean_iou),
                 "shapes": {name: jax.tree.map(_shape, part) for name, part in host_parts.items()},
             },
         )
         self._pending = (step, response)
+
+    def set_score(self, step: int, mean_iou: float) -> None:
+        """Write down what an evaluation of a saved step gave."""
+        self.wait()
+        if jax.process_index() != 0 or math.isnan(mean_iou):
+            return
+        path = self.folder(step) / _RECORD_FILE
+        content = json.loads(path.read_text())
+        score = {"mean_iou": mean_iou, "score_digest": _score_digest(step, mean_iou)}
+        content["custom_metadata"].update(score)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(content))
+        temporary.replace(path)
 
     def wait(self) -> None:
         """Finish, verify and prune; nothing where nothing is being written."""
@@ -289,6 +305,10 @@ def _root_cause(error: BaseException, *, handled: BaseException | None = None) -
 
 def _to_host_copy(leaf: Any) -> Any:
     return leaf if isinstance(leaf, str) else np.array(leaf)
+
+
+def _score_digest(step: int, mean_iou: float | None) -> str:
+    return hashlib.sha256(f"{step} {mean_iou!r}".encode()).hexdigest()
 
 
 def _shape(leaf: Any) -> str:

@@ -115,6 +115,8 @@ def compile_when_called(step: TrainStep, mesh: Mesh) -> TrainStep:
         nonlocal compiled
         if compiled is None:
             compiled = programs.compile_step(jitted, state, batch, platform=platform)
+            # Of several processes some find it compiled, some do not; the first collective waits for seconds only.
+            parallel.gather(b"")
         return compiled(state, batch)
 
     return run

@@ -230,7 +230,7 @@ def presence_of(labels: Labels, num_classes: int) -> Bool[jax.Array, "batch clas
 
 
 def presence_loss(logits: PresenceLogits, labels: Labels, options: LossOptions = PLAIN) -> Scalar:
-    """Mean binary cross-entropy of the presence of every class in every image.
+    """Mean binary cross-entropy of the presence of every class in every image; an image without labels adds 0.
 
     Args:
         logits: [batch, classes].
@@ -242,6 +242,7 @@ def presence_loss(logits: PresenceLogits, labels: Labels, options: LossOptions =
     """
     is_present = presence_of(labels, logits.shape[-1])
     terms = jax.nn.softplus(logits) - jnp.where(is_present, logits, 0)
+    terms = jnp.where(is_present.any(axis=1, keepdims=True), terms, 0)
     return jnp.mean(terms * _class_factors(logits, options))
 
 

@@ -493,6 +493,7 @@ def _run(verb: Verb, values: flags.FlagValues, words: list[str]) -> int:
         log.debug("stopped by", exc_info=True)
         code, message = _reason(error, verb)
         if code is None:
+            log.debug("exit code 1, by a fault of this program")
             raise
         log.debug("exit code %d: %s", code, message)
         return _fail(code, message)
@@ -510,6 +511,8 @@ def _reason(error: BaseException, verb: Verb) -> tuple[int | None, str]:
             return 1, f"{error}; {verb.after_interrupt}"
         case ValueError() | OSError() | CorruptCheckpointError():
             return 1, str(error)
+        case RuntimeError() if _is_of_several() and "RESOURCE_EXHAUSTED" not in str(error):
+            return 1, f"another process ended or cannot be reached, see its log: {error}"
         case RuntimeError() if "RESOURCE_EXHAUSTED" in str(error):
             return 1, f"out of memory: {_LESS_MEMORY[verb is VERBS['train']]}\n{error}"
         case KeyboardInterrupt():
@@ -518,6 +521,13 @@ def _reason(error: BaseException, verb: Verb) -> tuple[int | None, str]:
             message = f"told to end by SIGTERM {error}".rstrip()
             return _TERMINATED, f"{message}; {verb.after_interrupt}"
     return None, ""
+
+
+def _is_of_several() -> bool:
+    """Whether this process works together with others."""
+    from jax import distributed
+
+    return distributed.is_initialized()
 
 
 def _explain(error: Exception, argv: list[str]) -> str:
@@ -558,8 +568,13 @@ def command() -> NoReturn:
     except Exception:
         traceback.print_exc()
         code = 1
-    if code in (0, _TERMINATED):
-        sys.exit(code)  # of several processes all end
+    if code == 0:
+        sys.exit(0)
+    if code == _TERMINATED:  # of several processes all end
+        from jax import distributed
+
+        if distributed.is_initialized():
+            distributed.shutdown()
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -42,16 +42,25 @@ class MetricWriter:
     Args:
         workdir: of the run.
         first_step: steps after this one are forgotten (0 for a new run).
+        redoes_evaluation: what was found at the first step is forgotten, too.
+        is_writer: False for all processes but one.
     """
 
-    def __init__(self, workdir: Path, *, first_step: int, is_writer: bool = True):
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        first_step: int,
+        redoes_evaluation: bool = False,
+        is_writer: bool = True,
+    ):
         self._file = None
         self.is_writer = is_writer
         if not is_writer:
             return
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / "metrics.jsonl"
-        _drop_rows_after(path, first_step)
+        _drop_rows_after(path, first_step, evaluation_too=redoes_evaluation)
         self._file = path.open("a")
         self._tensorboard = _EventFile(workdir / "tensorboard", purge_step=first_step + 1)
 
@@ -129,8 +138,8 @@ class TrainingProgress:
     def __exit__(self, *_: object) -> None:
         self._writer.close()
 
-    def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
-        """Every `log_every_steps` steps and at the last: one row and one line.
+    def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> bool:
+        """Every `log_every_steps` steps and at the last: one row and one line. Returns whether it was now.
 
         The first step of a process compiles: it is timed by itself and counts in no rate.
         """
@@ -140,7 +149,7 @@ class TrainingProgress:
             log.info("the first step took %.1f s, with reading, tracing and compiling", seconds)
             self._last_step, self._last_time = step, time.monotonic()
         if step % self._every != 0 and step != self._num_steps:
-            return
+            return False
         # Reading the values waits for the device, so the clock is read after them.
         scalars = {name: float(value) for name, value in metrics.items()}
         timing = {}
@@ -151,6 +160,7 @@ class TrainingProgress:
         self._writer.write(step, scalars, timing=timing)
         log.info("%s", progress_line(step, self._num_steps, scalars, timing))
         self._last_step, self._last_time = step, time.monotonic()
+        return True
 
     def log_evaluation(
         self, step: int, scalars: Mapping[str, float], message: str, *, seconds: float
@@ -309,18 +319,20 @@ def log_to(path: Path | None, *, console_level: int = logging.INFO) -> None:
         log.addHandler(file)
 
 
-def _drop_rows_after(path: Path, step: int) -> None:
+def _drop_rows_after(path: Path, step: int, *, evaluation_too: bool) -> None:
     if not path.exists():
         return
     # A killed process may have left half a line; whatever does not parse was never read by anybody.
     rows = []
     for line in path.read_text().splitlines():
         try:
-            rows.append((json.loads(line)["step"], line))
+            row = json.loads(line)
+            is_redone = evaluation_too and "evaluation_seconds" in row["timing"]
+            if row["step"] < step or (row["step"] == step and not is_redone):
+                rows.append(line + "\n")
         except (json.JSONDecodeError, KeyError):
             continue
-    kept = "".join(line + "\n" for row_step, line in rows if row_step <= step)
-    write_whole(path, kept)
+    write_whole(path, "".join(rows))
 
 
 def _finite(values: Mapping[str, float]) -> dict[str, float | None]:

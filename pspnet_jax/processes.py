@@ -14,6 +14,8 @@ from typing import Any
 
 import jax
 
+from pspnet_jax.watchdog import end_within
+
 log = logging.getLogger("pspnet_jax")
 
 MODES = ("auto", "on", "off")
@@ -75,6 +77,7 @@ def meet(mode: str, *, seconds: int = MEETING_SECONDS) -> None:
 
 
 def _give_up(address: str, seconds: int) -> None:
+    end_within(10, 1)
     log.error(
         "the processes did not meet at %s within %d s: is process 0 running, can this machine reach that "
         "address, were all of them started?",

@@ -93,10 +93,15 @@ class Run:
         with closing(batches):
             yield from unreadable.watched(batches, source, share_max=data.unreadable_share_max)
 
-    def logging(self, *, first_step: int) -> TrainingProgress:
+    def logging(self, *, first_step: int, redoes_evaluation: bool) -> TrainingProgress:
         options = self.config.train
         return TrainingProgress(
-            MetricWriter(self.workdir, first_step=first_step, is_writer=jax.process_index() == 0),
+            MetricWriter(
+                self.workdir,
+                first_step=first_step,
+                redoes_evaluation=redoes_evaluation,
+                is_writer=jax.process_index() == 0,
+            ),
             first_step=first_step,
             num_steps=options.num_steps,
             log_every_steps=options.log_every_steps,
@@ -120,10 +125,6 @@ class Run:
         options = self.config.train
         return step % options.evaluate_every_steps == 0 or step == options.num_steps
 
-    def logs_at(self, step: int) -> bool:
-        options = self.config.train
-        return step % options.log_every_steps == 0 or step == options.num_steps
-
     def saves_at(self, step: int) -> bool:
         return step % self.config.train.checkpoint_every_steps == 0 or self.evaluates_at(step)
 
@@ -136,12 +137,14 @@ class Run:
             label_set=self.description.label_set,
         )
 
-    def lacks_report(self, step: int) -> bool:
-        """Whether a step was to be evaluated and was not: the process ended before. Every process is told
-        what the first one sees."""
-        found = (self.evaluation_folder(step) / "report.json").exists()
-        is_found = parallel.gather(bytes([found]))[0] == b"\x01"
-        return step > 0 and self.evaluates_at(step) and not is_found
+    def lacks_evaluation(self, step: int) -> bool:
+        """Whether a step was to be evaluated and was not, or not to the end: the process ended before. Every
+        process is told what the first one sees."""
+        if step == 0 or not self.evaluates_at(step):
+            return False
+        is_scored = self.checkpoints.record(step).mean_iou is not None
+        found = is_scored and (self.evaluation_folder(step) / "report.json").exists()
+        return parallel.gather(bytes([found]))[0] == b"\x00"
 
     def evaluate(
         self,
@@ -150,21 +153,8 @@ class Run:
         progress: TrainingProgress,
         *,
         heard: Callable[[], None],
-    ) -> float:
-        """Write the report of the parameters at hand; returns the mean IoU.
-
-        Where that fails or is interrupted (an unreadable mask, Ctrl-C), the step is saved first: nothing
-        learned is lost.
-        """
-        try:
-            return self._evaluate(step, state, progress, heard)
-        except BaseException:
-            self.save(step, state, None)
-            raise
-
-    def _evaluate(
-        self, step: int, state: TrainState, progress: TrainingProgress, heard: Callable[[], None]
-    ) -> float:
+    ) -> None:
+        """Write the report of the parameters at hand, which were saved, and their score beside them."""
         model = model_part(self.description, state.params, state.batch_stats)
         segmenter = Segmenter(
             self.description,
@@ -191,18 +181,20 @@ class Run:
         )
         message = f"{summary(result)}\n{folder / 'report.html'}"
         progress.log_evaluation(step, result.scalars, message, seconds=result.seconds)
-        return result.scores.mean_iou
+        self.checkpoints.set_score(step, result.scores.mean_iou)
 
-    def save(self, step: int, state: TrainState, mean_iou: float | None) -> None:
+    def save(self, step: int, state: TrainState) -> None:
         parts = {
             "model": model_part(self.description, state.params, state.batch_stats),
             "optimizer": _optimizer_part(state),
         }
-        self.checkpoints.save(step, parts, mean_iou=mean_iou)
+        self.checkpoints.save(step, parts, mean_iou=None)
 
     def resume_or_start(self) -> TrainState:
         """The newest good checkpoint, else the initial state; what cannot be read is set aside."""
-        self.checkpoints.remove_unfinished()
+        is_first = jax.process_index() == 0
+        if is_first:
+            self.checkpoints.remove_unfinished()
         corrupt = []
         for step in reversed(self.checkpoints.steps()):
             try:
@@ -221,7 +213,12 @@ class Run:
                 )
             log.info("starting from step 0: %s holds no checkpoint", self.checkpoints.path)
             state = self._started()
-        for step in corrupt:
+        if len(set(parallel.gather(str(int(state.step)).encode()))) > 1:
+            raise ValueError(
+                f"the processes read different steps of {self.checkpoints.path}: it must be on a file system "
+                "that all of them see"
+            )
+        for step in corrupt if is_first else ():
             log.warning("renamed to %s", self.checkpoints.set_aside(step))
         if int(state.step) > self.config.train.num_steps:
             raise ValueError(
@@ -281,8 +278,8 @@ class Run:
 
     def tell_killed(self, process: str) -> None:
         log.warning(
-            "%s, which wrote here before, was ended without a word: kill -9, want of memory, the machine, or "
-            "the watchdog (exit code 75), whose words stand above",
+            "%s, which wrote here before, was ended from outside: kill -9, want of memory, the machine, another "
+            "of its processes, or the watchdog (exit code 75), whose words stand above",
             process,
         )
 
@@ -341,7 +338,12 @@ class Run:
         path = self.workdir / "config.json"
         text = config_module.to_json(self.config)
         if path.exists():
-            old, new = (flatten(json.loads(t)) for t in (path.read_text(), text))
+            try:
+                old, new = (flatten(json.loads(t)) for t in (path.read_text(), text))
+            except ValueError as error:
+                raise ValueError(
+                    f"{path} is damaged ({error}); without it, this run goes on"
+                ) from None
             # An option that did not exist then has its default now, or is new to this command.
             before = flatten(config_module.default_config().to_dict()) | old
             changed = [

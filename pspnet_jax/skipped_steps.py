@@ -33,7 +33,7 @@ class SkippedSteps:
         self._unread: list[tuple[int, list[Scalar], Indices]] = []
 
     def hear(self, step: int, metrics: Mapping[str, Scalar], index: Indices) -> None:
-        """Of a step that may still be computed.
+        """Of a step that may still be computed; as many as may be skipped in a row are told at once.
 
         Args:
             metrics: of the step: loss and gradient_norm.
@@ -41,6 +41,8 @@ class SkippedSteps:
         """
         # Not its count of skipped steps, which may share its memory with the state, given to the next step.
         self._unread.append((step, [metrics["loss"], metrics["gradient_norm"]], index))
+        if len(self._unread) >= self._most:
+            self.tell()
 
     def tell(self) -> None:
         """Wait for the steps that were heard of; name the images of those that were skipped.

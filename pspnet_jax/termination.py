@@ -3,7 +3,7 @@
 * The step at hand is finished and saved; then the process ends with exit code 143.
 * Of several processes all stop after the same step, whichever of them was told: JAX's preemption service
   lets them agree on it.
-* A second SIGTERM ends the process at once.
+* A second SIGTERM, after the first was heard, ends the process at once (one of several goes on to their common step).
 """
 
 import signal

@@ -1,6 +1,7 @@
 """Training: takes a run to its last step, or to the step after which it is told to end."""
 
-from contextlib import closing, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import jax
@@ -28,47 +29,66 @@ def train(config: ConfigDict, workdir: Path) -> Path:
             another process writes to.
         Terminated: where SIGTERM told the process to end; what was learned is saved.
     """
-    run = compose(config, workdir)
-    with folder_lock.held(workdir) if jax.process_index() == 0 else nullcontext("") as killed:
-        run.open_log()
-        if killed:
-            run.tell_killed(killed)
-        run.look_at_data()
-        state = run.resume_or_start()
-        run.write_config()
-        run.announce()
-        _take_steps(run, state)
+    with Termination() as termination, ExitStack() as until_the_end:
+        with termination.raised():
+            run = compose(config, workdir)
+            killed = until_the_end.enter_context(_held_for_all(workdir))
+            run.open_log()
+            if killed:
+                run.tell_killed(killed)
+            run.look_at_data()
+            state = run.resume_or_start()
+            run.write_config()
+            run.announce()
+        _take_steps(run, state, termination)
     return run.evaluation_folder(run.config.train.num_steps)
 
 
-def _take_steps(run: Run, state: TrainState) -> None:
+@contextmanager
+def _held_for_all(workdir: Path) -> Iterator[str]:
+    """`folder_lock.held` by the first process for all of them, which hear what it finds."""
+    with ExitStack() as stack:
+        killed = fault = ""
+        if jax.process_index() == 0:
+            try:
+                killed = stack.enter_context(folder_lock.held(workdir))
+            except ValueError as error:
+                fault = str(error)
+        fault = parallel.gather(fault.encode())[0].decode()
+        if fault:
+            raise ValueError(fault)
+        yield killed
+
+
+def _take_steps(run: Run, state: TrainState, termination: Termination) -> None:
     """From the state to the last step."""
     first_step, skipped = int(state.step), run.skipped_steps(state)
+    lacks_evaluation = run.lacks_evaluation(first_step)
     with (
-        Termination() as termination,
         run.watchdog() as watchdog,
         run.checkpoints,
-        run.logging(first_step=first_step) as progress,
+        run.logging(first_step=first_step, redoes_evaluation=lacks_evaluation) as progress,
         closing(run.batches(first_step=first_step)) as batches,
     ):
 
-        def evaluate(step: int) -> float:
+        def evaluate(step: int) -> None:
             with termination.raised():
-                return run.evaluate(step, state, progress, heard=watchdog.hear)
+                run.evaluate(step, state, progress, heard=watchdog.hear)
 
-        if run.lacks_report(first_step):
+        if lacks_evaluation:
             evaluate(first_step)
         for step in range(first_step + 1, run.config.train.num_steps + 1):
             batch = next(batches)
             state, metrics = run.train_step(state, parallel.shard_batch(batch, run.mesh))
-            progress.log(step, metrics)
             skipped.hear(step, metrics, batch.index)
-            if run.logs_at(step):
+            if progress.log(step, metrics):
                 skipped.tell()
             watchdog.hear()
             ends = termination.stops_after(step)
-            mean_iou = evaluate(step) if run.evaluates_at(step) and not ends else None
             if ends or run.saves_at(step):
-                run.save(step, state, mean_iou)
+                run.save(step, state)
             if ends:
+                skipped.tell()
                 raise Terminated(f"after step {step}, which is saved")
+            if run.evaluates_at(step):
+                evaluate(step)

@@ -52,6 +52,7 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
+        end_within(10, EXIT_CODE)  # also where what hangs is the log
         log.error(
             "nothing was done for %g s: the process ends with code %d; %s\n%s",
             self._seconds,
@@ -62,6 +63,13 @@ class Watchdog:
         for handler in log.handlers:
             handler.flush()
         os._exit(EXIT_CODE)
+
+
+def end_within(seconds: float, code: int) -> None:
+    """End this process then, whatever it is at."""
+    timer = threading.Timer(seconds, os._exit, [code])
+    timer.daemon = True
+    timer.start()
 
 
 def stacks() -> str:

@@ -304,6 +304,7 @@ def test_files_that_would_take_gigabytes_are_refused():
         decode_mask("mask.png", bytes(content[:at] + b"\x7f\xff\xff\xff" + content[at + 4 :]))
     with pytest.raises(DataError, match="corrupt or truncated"):
         decode_mask("mask.png", bytes(content[: at + 9]))
+    assert decode_mask("mask.png", bytes(content) + b"what some program appends").shape == (3, 7)
     _, jpeg = cv2.imencode(".jpg", np.zeros((3, 7), np.uint8))
     content = bytearray(jpeg.tobytes())
     at = content.index(b"\xff\xc0") + 5  # height and width in the start of the frame

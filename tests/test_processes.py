@@ -209,17 +209,31 @@ def test_told_one_both_save_the_same_step_and_end(data, tmp_path):
 
 
 def test_a_stopped_peer_is_noticed(data, tmp_path):
-    running = start_two(data, tmp_path, train__watchdog_minutes=0.25, **ENDLESS)
+    running = start_two(data, tmp_path, train__watchdog_minutes=0.5, **ENDLESS)
     try:
         wait_for_step(tmp_path, 2)
         running[1].send_signal(signal.SIGSTOP)
-        ((code, text),) = finish(running[:1], seconds=60)
+        ((code, text),) = finish(running[:1], seconds=90)
     finally:
         running[1].kill()
         running[1].communicate()
     assert code == 75
-    assert "nothing was done for 15 s" in text
+    assert "nothing was done for 30 s" in text
     assert "thread MainThread" in text
+
+
+def test_a_killed_peer_is_noticed(data, tmp_path):
+    running = start_two(data, tmp_path, **ENDLESS)
+    try:
+        wait_for_step(tmp_path, 2)
+        running[1].kill()
+        ((code, text),) = finish(running[:1], seconds=150)
+    finally:
+        running[1].kill()
+        running[1].communicate()
+    assert code in (1, -signal.SIGABRT), text
+    if code == 1:
+        assert "another process ended or cannot be reached" in text
 
 
 def test_peers_that_do_not_come_are_an_error_with_the_address():

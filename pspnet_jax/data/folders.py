@@ -21,7 +21,8 @@ from pspnet_jax.data import headers
 from pspnet_jax.data.layouts import DataError, Pair, find_pairs
 
 MOST_PIXELS = 2**28
-"""Of one file: more would take gigabytes, as a damaged or a malicious one does."""
+"""Of one PNG or JPEG file: more would take gigabytes, as a damaged or a malicious one does. (Of other files OpenCV
+refuses 2^30.)"""
 
 # What turns a mask like its image, by the image's Exif orientation.
 _TURNS = {

@@ -50,8 +50,11 @@ def has_oversized_chunk(encoded: bytes) -> bool:
     if not encoded.startswith(_PNG_SIGNATURE):
         return False
     position = len(_PNG_SIGNATURE)
-    while position + 4 <= len(encoded):
-        position += 12 + int.from_bytes(encoded[position : position + 4])
+    while position + 8 <= len(encoded):
+        size, name = struct.unpack_from(">I4s", encoded, position)
+        position += 12 + size
+        if name == b"IEND":  # what follows is nobody's business
+            return False
     return position > len(encoded) + 12
 
 

@@ -90,13 +90,13 @@ class CheckpointFolder:
         try:
             text = (self.folder(step) / _RECORD_FILE).read_text()
             metadata = json.loads(text)["custom_metadata"]
-            shapes = metadata.get("shapes")
+            shapes = metadata.get("shapes", {})
             if shapes and metadata["score_digest"] != _score_digest(step, metadata["mean_iou"]):
                 raise ValueError("its score differs from the digest")
             record = StepRecord(metadata["digests"], metadata["mean_iou"], shapes)
         except Exception as error:
             raise CorruptCheckpointError(f"{self.folder(step)}: {error}") from error
-        if shapes is None:
+        if not shapes:
             raise ValueError(
                 f"{self.folder(step)} was written by an older version; read it with that"
             )

@@ -14,6 +14,7 @@ log = logging.getLogger("pspnet_jax")
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: try again."""
 _TICKS = 20
+_SECONDS_TO_SAY_WHY = 10.0
 
 
 class Watchdog:
@@ -52,7 +53,7 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
-        end_within(10, EXIT_CODE)  # also where what hangs is the log
+        end_within(_SECONDS_TO_SAY_WHY, EXIT_CODE)  # also where what hangs is the log
         log.error(
             "nothing was done for %g s: the process ends with code %d; %s\n%s",
             self._seconds,

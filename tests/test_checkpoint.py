@@ -78,6 +78,27 @@ def test_a_score_that_is_not_a_number_is_no_score(tmp_path):
     assert folder.best_step() == 1
 
 
+def test_a_score_that_comes_later(tmp_path):
+    folder = saved(tmp_path, {1: 0.2, 2: None})
+    folder.set_score(2, 0.3)
+    assert folder.best_step() == 2
+    folder.set_score(2, float("nan"))
+    assert folder.record(2).mean_iou == 0.3
+    assert folder.load(2, "model")
+    path = folder.folder(2) / "_CHECKPOINT_METADATA"
+    path.write_text(path.read_text().replace("0.3", "0.1"))
+    with pytest.raises(CorruptCheckpointError, match="its score differs from the digest"):
+        folder.record(2)
+
+
+def test_steps_of_older_versions_are_named_and_not_set_aside(tmp_path):
+    folder = saved(tmp_path, {1: None})
+    path = folder.folder(1) / "_CHECKPOINT_METADATA"
+    path.write_text(path.read_text().replace('"shapes"', '"other"'))
+    with pytest.raises(ValueError, match="was written by an older version"):
+        folder.record(1)
+
+
 def test_saving_a_step_again_replaces_it(tmp_path):
     folder = saved(tmp_path, {3: 0.1})
     folder.save(3, parts(8), mean_iou=0.2)

@@ -125,6 +125,13 @@ def test_presence_is_read_from_the_mask_without_void():
     np.testing.assert_array_equal(presence_of(PRESENCE_LABELS, 3), expected)
 
 
+def test_an_image_without_labels_says_nothing_of_presence():
+    labels = PRESENCE_LABELS.at[0].set(IGNORE_LABEL)
+    gradient = jax.grad(presence_loss)(PRESENCE_LOGITS, labels)
+    assert not gradient[0].any()
+    assert gradient[1:].any()
+
+
 def test_presence_loss_by_hand():
     signs = np.array([[1, -1, 1], [-1, 1, -1]])
     terms = np.log1p(np.exp(-signs * np.asarray(PRESENCE_LOGITS, np.float64)))

@@ -238,7 +238,29 @@ def test_an_interrupt_while_evaluating_loses_no_step(data, tmp_path, monkeypatch
     monkeypatch.setattr(run_module.evaluate, "evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(tiny(data, train__num_steps=1), tmp_path)
-    assert CheckpointFolder(tmp_path / "checkpoints").steps() == [1]
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    assert folder.steps() == [1]
+    with pytest.raises(KeyboardInterrupt):  # the same on resuming: what is there stays
+        train(tiny(data, train__num_steps=1), tmp_path)
+    assert folder.load(1, "model")
+    monkeypatch.undo()
+    train(tiny(data, train__num_steps=1), tmp_path)
+    report = json.loads((tmp_path / "evaluation/00000001-val-whole/report.json").read_text())
+    assert folder.record(1).mean_iou == report["mean_iou"]
+
+
+def test_an_end_between_report_and_score_leaves_no_row_twice(finished, data, tmp_path, monkeypatch):
+    def ended(*_):
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointFolder, "set_score", ended)
+        with pytest.raises(KilledError):
+            train(tiny(data), tmp_path)
+    train(tiny(data), tmp_path)
+    assert rows(tmp_path) == rows(finished)
+    folders = [CheckpointFolder(path / "checkpoints") for path in (finished, tmp_path)]
+    assert len({folder.record(4).mean_iou for folder in folders}) == 1
 
 
 def test_where_no_checkpoint_can_be_read_nothing_is_started_anew(data, tmp_path):

@@ -43,3 +43,21 @@ def test_zero_watches_nothing_and_an_end_ends_the_watch():
     with Watchdog(0.2, advice=""):
         pass
     time.sleep(0.4)  # it would have ended this process
+
+
+HANGING_LOG = """
+import logging, time
+from pspnet_jax import watchdog
+class Dead(logging.Handler):
+    def emit(self, record):
+        time.sleep(1000)
+watchdog.log.addHandler(Dead())
+watchdog._SECONDS_TO_SAY_WHY = 0.5
+with watchdog.Watchdog(0.3, advice=""):
+    time.sleep(1000)
+"""
+
+
+def test_a_log_that_hangs_does_not_keep_it_from_ending():
+    ran = subprocess.run([sys.executable, "-c", HANGING_LOG], timeout=20)
+    assert ran.returncode == EXIT_CODE

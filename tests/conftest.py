@@ -6,6 +6,8 @@ import signal
 import threading
 from pathlib import Path
 
+import pytest
+
 CACHE = Path(__file__).parent.parent / ".jax_cache"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -16,6 +18,18 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 if threading.current_thread() is threading.main_thread():
     # In the background of a shell Ctrl-C is ignored, and so it would be in the processes that tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Five images to train on and three to evaluate on, in the CamVid layout."""
+    from pictures import write_split  # not before the environment is set
+
+    root = tmp_path_factory.mktemp("camvid")
+    write_split(root, "train", 5)
+    write_split(root, "val", 3)
+    return root
+
 
 _seconds: dict[str, float] = {}
 _budgets: dict[str, float] = {}

@@ -7,19 +7,9 @@ from test_processes import finish, start
 
 from pspnet_jax.checkpoint import CheckpointFolder
 
-from pictures import write_split
-
 BUDGET_SECONDS = 120
 # Learning rates that do not depend on the last step.
 OPTIONS = {"optimizer__schedule": "multistep", "train__evaluate_every_steps": 6}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("camvid")
-    write_split(root, "train", 5)
-    write_split(root, "val", 3)
-    return root
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,6 @@ import pytest
 from pspnet_jax import processes
 from pspnet_jax.checkpoint import CheckpointFolder
 
-from pictures import write_split
-
 BUDGET_SECONDS = 240
 
 ROOT = Path(__file__).parent.parent
@@ -58,14 +56,6 @@ def test_unknown_modes_and_numbers_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="JAX_NUM_PROCESSES=two is not a number"):
         processes.meet("auto")
     processes.meet("off")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("camvid")
-    write_split(root, "train", 5)
-    write_split(root, "val", 3)
-    return root
 
 
 def free_port() -> int:

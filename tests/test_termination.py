@@ -10,17 +10,7 @@ from test_processes import ENDLESS, finish, rows, start, wait_for_step
 from pspnet_jax.checkpoint import CheckpointFolder
 from pspnet_jax.termination import Terminated, Termination
 
-from pictures import write_split
-
 BUDGET_SECONDS = 120
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("camvid")
-    write_split(root, "train", 5)
-    write_split(root, "val", 3)
-    return root
 
 
 def test_the_step_at_hand_is_saved_and_the_same_command_goes_on(data, tmp_path):

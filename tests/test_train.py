@@ -17,18 +17,9 @@ from pspnet_jax.config import default_config, from_json, scale_to_batch, to_json
 from pspnet_jax.skipped_steps import NotFiniteError
 from pspnet_jax.train import train
 
-from pictures import write_split
 from tiny_config import get_config
 
 BUDGET_SECONDS = 300
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("camvid")
-    write_split(root, "train", 5)
-    write_split(root, "val", 3)
-    return root
 
 
 def tiny(data, **overrides):

@@ -299,8 +299,8 @@ def _root_cause(error: BaseException, *, handled: BaseException | None = None) -
         if cause is None or cause is handled:
             break
         error = cause
-    text = str(error).strip().split("\n")[0] or type(error).__name__
-    return text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
+    text = str(error).strip().split("\n")[0].split(" [tensorstore_spec=")[0] or type(error).__name__
+    return text if len(text) <= 600 else f"{text[:300]} ... {text[-300:]}"
 
 
 def _to_host_copy(leaf: Any) -> Any:

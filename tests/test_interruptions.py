@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BUDGET_SECONDS = 240
 
 FOLDER = Path(__file__).parent.parent / "experiments"
@@ -22,26 +24,27 @@ def run_script(name, output, *arguments) -> dict:
 
 
 def test_a_training_that_is_killed_again_and_again_loses_nothing(tmp_path):
-    arguments = ("--interruptions=4", "--ways=kill,event,terminate,full", "--in_turn", "--seed=3")
+    arguments = ("--interruptions=2", "--ways=full,kill", "--in_turn", "--seed=3")
     found = run_script("interruptions", tmp_path, *arguments, "--longest_seconds=1")
     assert found["faults"] == []
-    assert found["ends"] == {"kill": 1, "event": 1, "terminate": 1, "full": 1}
+    assert found["ends"] == {"full": 1, "kill": 1}
     assert found["steps"] > 0
     assert found["steps_lost_at_most"] <= 20
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints_are_detected_or_read_as_they_were(tmp_path):
-    found = run_script("flipped_bytes", tmp_path, "--flips=40")
+    found = run_script("flipped_bytes", tmp_path, "--flips=15")
     assert found["faults"] == []
     outcomes = found["outcomes"]
-    assert sum(outcomes.values()) == 40
-    assert outcomes["flipped: detected"] > 10
+    assert sum(outcomes.values()) == 15
+    assert outcomes["flipped: detected"] > 3
 
 
 def test_broken_input_gives_a_result_or_a_named_error(tmp_path):
-    found = run_script("fuzz", tmp_path, "--inputs=450", "--seed=1")
+    found = run_script("fuzz", tmp_path, "--inputs=270", "--seed=1")
     assert found["faults"] == []
     assert len(found["outcomes"]) == 9
     for name, outcomes in found["outcomes"].items():
-        assert sum(outcomes.values()) == 50, name
+        assert sum(outcomes.values()) == 30, name
         assert outcomes.get("named error", 0) > 0 or name == "evaluator"

@@ -69,7 +69,9 @@ def start(
 ) -> subprocess.Popen:
     """One process of a training of the tiny network; `before`: Python that runs in it first."""
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        # Compiled in half the time.
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
+        "--xla_backend_optimization_level=0",
         "JAX_PLATFORMS": "cpu",
     }
     if count > 1:
@@ -156,8 +158,8 @@ def test_two_processes_train_what_one_trains(data, one, tmp_path):
 
 
 def test_a_run_goes_on_with_fewer_devices(data, one, tmp_path):
-    """Begun on eight, gone on with on two, ended on one."""
-    for devices, num_steps in ((8, 2), (2, 4), (1, 6)):
+    """Begun on eight, ended on one."""
+    for devices, num_steps in ((8, 2), (1, 6)):
         options = SHORT | {"train__num_steps": num_steps}
         ((code, text),) = finish([start(data, tmp_path, devices=devices, **options)])
         assert code == 0, text
@@ -198,6 +200,7 @@ def test_told_one_both_save_the_same_step_and_end(data, tmp_path):
         assert f"told to end by SIGTERM after step {step}, which is saved" in text
 
 
+@pytest.mark.slow
 def test_a_stopped_peer_is_noticed(data, tmp_path):
     running = start_two(data, tmp_path, train__watchdog_minutes=0.5, **ENDLESS)
     try:
@@ -212,6 +215,7 @@ def test_a_stopped_peer_is_noticed(data, tmp_path):
     assert "thread MainThread" in text
 
 
+@pytest.mark.slow
 def test_a_killed_peer_is_noticed(data, tmp_path):
     running = start_two(data, tmp_path, **ENDLESS)
     try:

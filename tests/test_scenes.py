@@ -11,7 +11,7 @@ from pspnet_jax.arrays import IGNORE_LABEL
 from pspnet_jax.data import scenes
 from pspnet_jax.data.scenes import IMAGE_SIZE, Scenes, render
 
-BUDGET_SECONDS = 20
+BUDGET_SECONDS = 40
 
 STRIPS = (scenes.WATER, scenes.ROAD, scenes.GRASS, scenes.QUILT)
 OBJECTS = (scenes.BOAT, scenes.CAR, scenes.TOWER, scenes.HOUSE, scenes.ROCK, scenes.PILLOW)

@@ -326,7 +326,7 @@ def test_an_image_of_24_megapixels_and_150_classes_takes_less_than_8_gb():
     assert peak_kib * 1024 < 8e9
 
 
-@pytest.mark.parametrize("ways", [2, 4])
+@pytest.mark.parametrize("ways", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_rows_are_split_over_devices(segmenter, ways):
     """A height that they do not divide: equal logits, and of every large map each device has its part only."""
     image = example(137, 90).image

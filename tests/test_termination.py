@@ -33,6 +33,7 @@ def test_the_step_at_hand_is_saved_and_the_same_command_goes_on(data, tmp_path):
     assert f"resuming from step {step}" in text
 
 
+@pytest.mark.slow
 def test_loader_processes_that_are_told_too_deliver_what_the_last_step_needs(data, tmp_path):
     running = start(data, tmp_path, data__num_workers=2, **ENDLESS)
     try:

@@ -64,8 +64,13 @@ def run(config: ConfigDict, *, output: str | None = None) -> Check:
     return check
 
 
-def first_look(source: Source, label_set: LabelSet, *, split: str) -> None:
+def first_look(
+    source: Source, label_set: LabelSet, *, split: str, unreadable_share_max: float = 0.0
+) -> None:
     """Read the first and some random images of a split with their masks, for at most two seconds.
+
+    Args:
+        unreadable_share_max: of all images, that the training will leave out.
 
     Raises:
         DataError: listing what would have stopped the training later.
@@ -85,12 +90,15 @@ def first_look(source: Source, label_set: LabelSet, *, split: str) -> None:
         if time.monotonic() > end:
             break
     faults = [sentence for sentences in found.faults.values() for sentence in sentences]
+    listed = "\n  ".join(faults)
+    looked = (
+        f"of {found.num_images} images of split '{split}' that were looked at (pspnet check --config=... "
+        f"reads all of them):\n  {listed}"
+    )
+    if len(faults) > unreadable_share_max * len(source):
+        raise DataError(looked)
     if faults:
-        listed = "\n  ".join(faults)
-        raise DataError(
-            f"of {found.num_images} images of split '{split}' that were looked at (pspnet check --config=... "
-            f"reads all of them):\n  {listed}"
-        )
+        log.warning("%s\nThey are left out of training (data.unreadable_share_max).", looked)
     for sentence in suspicions(label_set, found):
         log.warning("%s", sentence)
 

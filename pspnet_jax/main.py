@@ -37,6 +37,7 @@ _USED_OPTIONS = {
 }
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _TERMINATED = 128 + signal.SIGTERM
+_PEER_LOST = 128 + signal.SIGABRT  # as where JAX notices it, and aborts
 _LESS_MEMORY = {
     True: "a smaller --config.train.global_batch_size (with more --config.train.accumulate_steps) takes less",
     False: "a smaller --batch_size or --canvas_gib takes less, or a protocol with windows",
@@ -370,9 +371,10 @@ def _define_config(values: flags.FlagValues, argv: list[str]) -> None:
 
 
 def _define_distributed(values: flags.FlagValues) -> None:
-    flags.DEFINE_string(
+    flags.DEFINE_enum(
         "distributed",
         "auto",
+        ["auto", "on", "off"],
         "Join other processes: auto (where the environment names several), on or off.",
         flag_values=values,
     )
@@ -512,7 +514,8 @@ def _reason(error: BaseException, verb: Verb) -> tuple[int | None, str]:
         case ValueError() | OSError() | CorruptCheckpointError():
             return 1, str(error)
         case RuntimeError() if _is_of_several() and "RESOURCE_EXHAUSTED" not in str(error):
-            return 1, f"another process ended or cannot be reached, see its log: {error}"
+            message = f"another process ended or cannot be reached, see its log: {error}"
+            return _PEER_LOST, f"{message}; {verb.after_interrupt}"
         case RuntimeError() if "RESOURCE_EXHAUSTED" in str(error):
             return 1, f"out of memory: {_LESS_MEMORY[verb is VERBS['train']]}\n{error}"
         case KeyboardInterrupt():

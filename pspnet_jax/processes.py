@@ -51,6 +51,12 @@ def meet(mode: str, *, seconds: int = MEETING_SECONDS) -> None:
     """
     if mode not in MODES:
         raise ValueError(f"--distributed={mode} is not one of {', '.join(MODES)}")
+    missing = [name for name in _OWN if name not in os.environ]
+    if mode == "auto" and 0 < len(missing) < len(_OWN) and "JAX_NUM_PROCESSES" in os.environ:
+        raise ValueError(
+            f"JAX_NUM_PROCESSES is set and {', '.join(missing)} is not: set all three, or "
+            "--distributed=off"
+        )
     if mode == "off" or (mode == "auto" and num_processes(os.environ) < 2):
         return
     known = _own_variables(os.environ)

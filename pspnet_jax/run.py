@@ -286,7 +286,12 @@ class Run:
     def look_at_data(self) -> None:
         """Read a few images of both splits: most faults of data show at once, not hours later."""
         data, label_set = self.config.data, self.description.label_set
-        check.first_look(self.source, label_set, split=data.train_split)
+        check.first_look(
+            self.source,
+            label_set,
+            split=data.train_split,
+            unreadable_share_max=data.unreadable_share_max,
+        )
         check.first_look(self.validation, label_set, split=self.config.evaluate.split)
 
     def announce(self) -> None:

@@ -27,21 +27,26 @@ class Termination:
     def __init__(self):
         self._is_asked = False
         self._raises = False
-        self._before: Any = None
+        self._is_interrupted = False
+        self._before: list[tuple[int, Any]] = []
 
     def __enter__(self) -> "Termination":
         # With several processes JAX listens; only the main thread can.
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._hear)
+            for number, heard in ((signal.SIGTERM, self._hear), (signal.SIGINT, self._interrupt)):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    before = signal.signal(number, heard)
+                    self._before.append((number, before or signal.SIG_DFL))
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-            self._before = None
+        while self._before:
+            signal.signal(*self._before.pop())
 
     def stops_after(self, step: int) -> bool:
         """Whether to save and end now. Every process calls this after each step."""
+        if self._is_interrupted:
+            raise KeyboardInterrupt
         if jax.process_count() > 1:
             self._is_asked = multihost_utils.reached_preemption_sync_point(step)
             if self._is_asked:
@@ -61,6 +66,11 @@ class Termination:
             yield
         finally:
             self._raises = False
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        # Where this lands in a callback of the garbage collector, Python forgets it: the next step asks again.
+        self._is_interrupted = True
+        raise KeyboardInterrupt
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self._is_asked = True

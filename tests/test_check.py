@@ -354,6 +354,19 @@ def test_first_look_reads_the_first_and_some_random_images(tmp_path, monkeypatch
     assert read == source.names[:1]
 
 
+def test_first_look_lets_pass_what_training_leaves_out(tmp_path, monkeypatch):
+    good_data(tmp_path)
+    source = FolderSource(str(tmp_path), layout="camvid", split="train", label_set=CAMVID)
+    Path(source.pairs[0].image).write_bytes(b"")
+    with pytest.raises(DataError, match="the file is empty"):
+        check.first_look(source, CAMVID, split="train", unreadable_share_max=0.1)
+    said = []
+    monkeypatch.setattr(check.log, "warning", lambda text, *values: said.append(text % values))
+    check.first_look(source, CAMVID, split="train", unreadable_share_max=1.0)
+    assert "the file is empty" in said[0]
+    assert "left out of training" in said[0]
+
+
 def test_first_look_warns_of_what_looks_legal(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(check.log, "propagate", True)
     write_masks(tmp_path, "train", [np.uint8([[0, 255]])])

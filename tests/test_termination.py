@@ -1,5 +1,6 @@
 """SIGTERM: one step more, a checkpoint, code 143; a second one at once; the same command goes on."""
 
+import contextlib
 import os
 import signal
 import time
@@ -70,3 +71,14 @@ def test_between_two_steps_it_is_raised():
         with pytest.raises(Terminated), termination.raised():  # what was missed is raised here
             pass
         assert termination.stops_after(1)
+
+
+def test_an_interrupt_that_python_forgets_is_heard_after_the_step():
+    before = signal.getsignal(signal.SIGINT)
+    with Termination() as termination:
+        with contextlib.suppress(KeyboardInterrupt):  # as in a callback of the garbage collector
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+        with pytest.raises(KeyboardInterrupt):
+            termination.stops_after(1)
+    assert signal.getsignal(signal.SIGINT) is before

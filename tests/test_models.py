@@ -30,7 +30,7 @@ from pspnet_jax.train_step import split_model
 
 from networks import network, options
 
-BUDGET_SECONDS = 90
+BUDGET_SECONDS = 180
 
 
 def count(tree) -> int:

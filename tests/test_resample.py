@@ -19,7 +19,7 @@ from pspnet_jax.resample import (
     symbolic_resize_matrix,
 )
 
-BUDGET_SECONDS = 90
+BUDGET_SECONDS = 180
 
 
 def maps(height, width, *, seed=0, dtype=np.float32):

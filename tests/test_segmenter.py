@@ -30,7 +30,7 @@ from pspnet_jax.train_step import split_model
 from networks import network, options
 from pictures import example
 
-BUDGET_SECONDS = 90
+BUDGET_SECONDS = 180
 
 CAMVID = load_label_set("camvid")
 DESCRIPTION = Description(options(), CAMVID, IMAGENET_8BIT, choose("whole", CAMVID))

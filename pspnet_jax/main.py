@@ -513,11 +513,11 @@ def _reason(error: BaseException, verb: Verb) -> tuple[int | None, str]:
             return 1, f"{error}; {verb.after_interrupt}"
         case ValueError() | OSError() | CorruptCheckpointError():
             return 1, str(error)
-        case RuntimeError() if _is_of_several() and "RESOURCE_EXHAUSTED" not in str(error):
-            message = f"another process ended or cannot be reached, see its log: {error}"
-            return _PEER_LOST, f"{message}; {verb.after_interrupt}"
         case RuntimeError() if "RESOURCE_EXHAUSTED" in str(error):
             return 1, f"out of memory: {_LESS_MEMORY[verb is VERBS['train']]}\n{error}"
+        case RuntimeError() if _is_of_several():
+            message = f"another process ended or cannot be reached, see its log: {error}"
+            return _PEER_LOST, f"{message}; {verb.after_interrupt}"
         case KeyboardInterrupt():
             return 130, f"interrupted; {verb.after_interrupt}"
         case Terminated():

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from pspnet_jax.watchdog import end_within
+from pspnet_jax.watchdog import end_process
 
 log = logging.getLogger("pspnet_jax")
 
@@ -83,16 +83,11 @@ def meet(mode: str, *, seconds: int = MEETING_SECONDS) -> None:
 
 
 def _give_up(address: str, seconds: int) -> None:
-    end_within(10, 1)
-    log.error(
-        "the processes did not meet at %s within %d s: is process 0 running, can this machine reach that "
-        "address, were all of them started?",
-        address,
-        seconds,
+    end_process(
+        1,
+        f"the processes did not meet at {address} within {seconds} s: is process 0 running, can this machine "
+        "reach that address, were all of them started?",
     )
-    for handler in log.handlers:
-        handler.flush()
-    os._exit(1)
 
 
 def num_processes(environment: Mapping[str, str]) -> int:

@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import traceback
+from typing import NoReturn
 
 log = logging.getLogger("pspnet_jax")
 
@@ -53,24 +54,22 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
-        end_within(_SECONDS_TO_SAY_WHY, EXIT_CODE)  # also where what hangs is the log
-        log.error(
-            "nothing was done for %g s: the process ends with code %d; %s\n%s",
-            self._seconds,
+        end_process(
             EXIT_CODE,
-            self._advice,
-            stacks(),
+            f"nothing was done for {self._seconds:g} s: the process ends with code {EXIT_CODE}; "
+            f"{self._advice}\n{stacks()}",
         )
-        for handler in log.handlers:
-            handler.flush()
-        os._exit(EXIT_CODE)
 
 
-def end_within(seconds: float, code: int) -> None:
-    """End this process then, whatever it is at."""
-    timer = threading.Timer(seconds, os._exit, [code])
+def end_process(code: int, message: str) -> NoReturn:
+    """Say why, and end this process without waiting for anything: also where what hangs is the log."""
+    timer = threading.Timer(_SECONDS_TO_SAY_WHY, os._exit, [code])
     timer.daemon = True
     timer.start()
+    log.error("%s", message)
+    for handler in log.handlers:
+        handler.flush()
+    os._exit(code)
 
 
 def stacks() -> str:

@@ -14,17 +14,23 @@ from pspnet_jax.termination import Terminated, Termination
 BUDGET_SECONDS = 120
 
 
-def test_the_step_at_hand_is_saved_and_the_same_command_goes_on(data, tmp_path):
-    running = start(data, tmp_path, **ENDLESS)
+def told_to_end(workdir, running, tell):
+    """The only step that is saved, and the output, of a process that is told after four steps."""
     try:
-        wait_for_step(tmp_path, 4)
-        running.send_signal(signal.SIGTERM)
+        wait_for_step(workdir, 4)
+        tell()
     except BaseException:
         running.kill()
         raise
     ((code, text),) = finish([running])
     assert code == 143, text
-    (step,) = CheckpointFolder(tmp_path / "checkpoints").steps()
+    (step,) = CheckpointFolder(workdir / "checkpoints").steps()
+    return step, text
+
+
+def test_the_step_at_hand_is_saved_and_the_same_command_goes_on(data, tmp_path):
+    running = start(data, tmp_path, **ENDLESS)
+    step, text = told_to_end(tmp_path, running, lambda: running.send_signal(signal.SIGTERM))
     assert f"told to end by SIGTERM after step {step}, which is saved; the same command" in text
     log = (tmp_path / "log.txt").read_text()
     assert f"exit code 143: told to end by SIGTERM after step {step}" in log
@@ -37,15 +43,8 @@ def test_the_step_at_hand_is_saved_and_the_same_command_goes_on(data, tmp_path):
 @pytest.mark.slow
 def test_loader_processes_that_are_told_too_deliver_what_the_last_step_needs(data, tmp_path):
     running = start(data, tmp_path, data__num_workers=2, **ENDLESS)
-    try:
-        wait_for_step(tmp_path, 4)
-        os.killpg(running.pid, signal.SIGTERM)  # as schedulers do
-    except BaseException:
-        running.kill()
-        raise
-    ((code, text),) = finish([running])
-    assert code == 143, text
-    (step,) = CheckpointFolder(tmp_path / "checkpoints").steps()
+    # As schedulers do.
+    step, text = told_to_end(tmp_path, running, lambda: os.killpg(running.pid, signal.SIGTERM))
     assert f"told to end by SIGTERM after step {step}" in text
 
 

@@ -489,6 +489,7 @@ def _run(verb: Verb, values: flags.FlagValues, words: list[str]) -> int:
         if "distributed" in values:
             processes.meet(_value(values, "distributed"))
         verb.run(values, words)
+        log.debug("exit code 0: done")
         return 0
     except BaseException as error:
         # The place in the code is for log.txt; whoever typed the command needs the sentence.

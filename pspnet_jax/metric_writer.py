@@ -98,6 +98,10 @@ class _EventFile:
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         for name, value in scalars.items():
+            if not math.isfinite(
+                value
+            ):  # TensorBoard has no point for it, tensorboardX would warn of each
+                continue
             summary = scalar_summary(name, value)
             event = _protos.Event(wall_time=time.time(), step=step, summary=summary)
             self._events.write_event(event)
@@ -323,15 +327,17 @@ def _drop_rows_after(path: Path, step: int, *, evaluation_too: bool) -> None:
     if not path.exists():
         return
     # A killed process may have left half a line; whatever does not parse was never read by anybody.
-    rows = []
+    rows, num_damaged = [], 0
     for line in path.read_text().splitlines():
         try:
             row = json.loads(line)
             is_redone = evaluation_too and "evaluation_seconds" in row["timing"]
             if row["step"] < step or (row["step"] == step and not is_redone):
                 rows.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
-            continue
+        except (json.JSONDecodeError, KeyError, TypeError):
+            num_damaged += 1
+    if num_damaged:
+        log.warning("%s: dropped %d damaged rows, as a killed process leaves", path, num_damaged)
     write_whole(path, "".join(rows))
 
 

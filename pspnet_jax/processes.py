@@ -85,7 +85,7 @@ def meet(mode: str, *, seconds: int = MEETING_SECONDS) -> None:
 def _give_up(address: str, seconds: int) -> None:
     end_process(
         1,
-        f"the processes did not meet at {address} within {seconds} s: is process 0 running, can this machine "
+        f"error: the processes did not meet at {address} within {seconds} s: is process 0 running, can this machine "
         "reach that address, were all of them started?",
     )
 

@@ -222,17 +222,20 @@ class Segmenter:
         (prediction,) = self.predict([image])
         return prediction.class_map
 
-    def class_map_by_rows(self, image: RawImage) -> LabelMap:
+    def class_map_by_rows(self, image: AnyImage) -> LabelMap:
         """`class_map` of one image that is too large for one device: whole, at its own size, without its mirror
         image. Each device has a part of the rows of every map; sums differ by rounding.
 
         Args:
             image: RGB, 0 .. 255.
+
+        Raises:
+            ValueError: for what is no RGB image, naming its shape.
         """
         # The forms for CPUs cannot be split by rows.
         platform = None if self._network.platform == "cpu" else self._network.platform
         network = dataclasses.replace(self._network, platform=platform)
-        images = jax.device_put(image[None], parallel.replicated(self._mesh))
+        images = jax.device_put(_checked(image)[None], parallel.replicated(self._mesh))
         classes = passes.class_maps_by_rows(*self._state, images, network=network, mesh=self._mesh)
         return np.asarray(classes)[0]
 

@@ -32,6 +32,11 @@ class SkippedSteps:
         self._in_a_row = 0
         self._unread: list[tuple[int, list[Scalar], Indices]] = []
 
+    def goes_on(self) -> bool:
+        """`tell`, and whether the last step was skipped."""
+        self.tell()
+        return self._in_a_row > 0
+
     def hear(self, step: int, metrics: Mapping[str, Scalar], index: Indices) -> None:
         """Of a step that may still be computed; as many as may be skipped in a row are told at once.
 
@@ -68,7 +73,9 @@ class SkippedSteps:
                 raise NotFiniteError(
                     f"{self._in_a_row} steps in a row, up to step {step}, had a loss or gradient that is not "
                     "finite and changed nothing (train.skipped_in_a_row_max). Lower "
-                    "optimizer.learning_rate or raise optimizer.warmup_steps; where single images do it, the "
-                    "lines above name them"
+                    "optimizer.learning_rate or raise optimizer.warmup_steps: the same command goes on from the "
+                    "newest checkpoint, which is of before these steps. Where its first step is not finite "
+                    "again it has diverged already: move its folder away, and the one before it is taken. "
+                    "Where single images do it, the lines above name them"
                 )
         self._unread.clear()

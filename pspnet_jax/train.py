@@ -62,7 +62,8 @@ def _held_for_all(workdir: Path) -> Iterator[str]:
 
 def _take_steps(run: Run, state: TrainState, termination: Termination) -> None:
     """From the state to the last step."""
-    first_step, skipped = int(state.step), run.skipped_steps(state)
+    first_step, num_steps = int(state.step), run.config.train.num_steps
+    skipped = run.skipped_steps(state)
     lacks_evaluation = run.lacks_evaluation(first_step)
     with (
         run.watchdog() as watchdog,
@@ -77,7 +78,7 @@ def _take_steps(run: Run, state: TrainState, termination: Termination) -> None:
 
         if lacks_evaluation:
             evaluate(first_step)
-        for step in range(first_step + 1, run.config.train.num_steps + 1):
+        for step in range(first_step + 1, num_steps + 1):
             batch = next(batches)
             state, metrics = run.train_step(state, parallel.shard_batch(batch, run.mesh))
             skipped.hear(step, metrics, batch.index)
@@ -85,10 +86,12 @@ def _take_steps(run: Run, state: TrainState, termination: Termination) -> None:
                 skipped.tell()
             watchdog.hear()
             ends = termination.stops_after(step)
-            if ends or run.saves_at(step):
+            # What only skips has diverged: it must not take the place of the checkpoints before it.
+            saves = run.saves_at(step) and (step == num_steps or not skipped.goes_on())
+            if ends or saves:
                 run.save(step, state)
             if ends:
                 skipped.tell()
                 raise Terminated(f"after step {step}, which is saved")
-            if run.evaluates_at(step):
+            if saves and run.evaluates_at(step):
                 evaluate(step)

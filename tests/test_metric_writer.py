@@ -34,10 +34,14 @@ def test_rows_are_written_at_once_and_timing_stands_apart(tmp_path):
     writer.close()
     events = list((tmp_path / "tensorboard").iterdir())
     assert len(events) == 1
-    assert b"images_per_second" in events[0].read_bytes()
+    content = events[0].read_bytes()
+    assert b"images_per_second" in content
+    assert b"aux_loss" not in content  # it has no point in a curve
 
 
-def test_rows_after_the_restored_step_are_dropped_with_half_lines(tmp_path):
+def test_rows_after_the_restored_step_are_dropped_with_half_lines(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(log, "warning", lambda text, *values: said.append(text % values))
     writer = MetricWriter(tmp_path, first_step=0)
     for step in (10, 20, 30):
         writer.write(step, {"loss": step / 10}, timing={})
@@ -46,6 +50,9 @@ def test_rows_after_the_restored_step_are_dropped_with_half_lines(tmp_path):
         file.write('{"step": 31, "lo')
     MetricWriter(tmp_path, first_step=20).close()
     assert [row["step"] for row in rows(tmp_path)] == [10, 20]
+    assert [text.split(": ")[1] for text in said] == [
+        "dropped 1 damaged rows, as a killed process leaves"
+    ]
     MetricWriter(tmp_path, first_step=0).close()
     assert rows(tmp_path) == []
 

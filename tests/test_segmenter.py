@@ -360,3 +360,5 @@ def test_class_map_by_rows(segmenter):
     np.testing.assert_array_equal(
         found[~is_near], np.argmax(segmenter.logits(image[None]), -1)[0][~is_near]
     )
+    with pytest.raises(ValueError, match=r"float32\[59, 44, 3\]; it must be RGB"):
+        segmenter.class_map_by_rows(image.astype(np.float32))

@@ -113,6 +113,15 @@ def test_a_run_that_diverges_ends_and_names_its_images(data, tmp_path):
     assert set(lines[0][1].split(", ")) <= known
 
 
+def test_what_diverged_is_not_saved_and_a_lower_rate_goes_on(data, tmp_path, finished):
+    """Step 1 blows the parameters up; step 2, at which a checkpoint was due, and all after it change nothing."""
+    with pytest.raises(NotFiniteError, match="goes on from the newest checkpoint"):
+        train(tiny(data, optimizer__learning_rate=1e30, train__skipped_in_a_row_max=4), tmp_path)
+    assert CheckpointFolder(tmp_path / "checkpoints").steps() == []
+    train(tiny(data), tmp_path)
+    assert digests(tmp_path, 6) == digests(finished, 6)
+
+
 def test_rows_hold_losses_and_evaluations(finished):
     found = rows(finished)
     assert [row["step"] for row in found] == [2, 4, 4, 6, 6]

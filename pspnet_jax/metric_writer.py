@@ -98,9 +98,7 @@ class _EventFile:
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         for name, value in scalars.items():
-            if not math.isfinite(
-                value
-            ):  # TensorBoard has no point for it, tensorboardX would warn of each
+            if not math.isfinite(value):  # no point of a curve, and tensorboardX warns of each
                 continue
             summary = scalar_summary(name, value)
             event = _protos.Event(wall_time=time.time(), step=step, summary=summary)

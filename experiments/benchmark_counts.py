@@ -9,8 +9,9 @@ import jax
 from flax import nnx
 from jax.extend import core
 
+from pspnet_jax.models.families import ModelOptions
 from pspnet_jax.models.layers import NoRandomNumbers
-from pspnet_jax.models.pspnet import ModelOptions, PSPNet
+from pspnet_jax.models.pspnet import PSPNet
 from pspnet_jax.train_step import split_model
 
 COLLECTIVES = (

@@ -18,7 +18,8 @@ import numpy as np
 from pspnet_jax import export
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.config import default_config
-from pspnet_jax.models.pspnet import IMAGENET_8BIT, ModelOptions, PSPNet
+from pspnet_jax.models.families import IMAGENET_8BIT, ModelOptions
+from pspnet_jax.models.pspnet import PSPNet
 from pspnet_jax.protocols import choose
 from pspnet_jax.segmenter import Description, Provenance, Segmenter, StoredModel
 from pspnet_jax.train_step import split_model

@@ -21,7 +21,8 @@ from pspnet_jax.catalog import load_label_set
 from pspnet_jax.compose import jit_over_mesh
 from pspnet_jax.config import default_config
 from pspnet_jax.losses import LossOptions
-from pspnet_jax.models.pspnet import FAMILIES, ModelOptions, PSPNet, is_head
+from pspnet_jax.models.families import FAMILIES, ModelOptions
+from pspnet_jax.models.pspnet import PSPNet, is_head
 from pspnet_jax.optimizer import poly_schedule, sgd
 from pspnet_jax.resample import resize
 from pspnet_jax.segmenter import Description, Provenance, Segmenter

@@ -37,8 +37,9 @@ from jax.sharding import SingleDeviceSharding
 from pspnet_jax import passes
 from pspnet_jax.arrays import Batch
 from pspnet_jax.losses import LossOptions
+from pspnet_jax.models.families import FAMILIES, ModelOptions
 from pspnet_jax.models.layers import NoRandomNumbers
-from pspnet_jax.models.pspnet import FAMILIES, ModelOptions, PSPNet, is_head
+from pspnet_jax.models.pspnet import PSPNet, is_head
 from pspnet_jax.optimizer import poly_schedule, sgd
 from pspnet_jax.train_step import create_train_state, make_train_step, split_model
 

@@ -45,7 +45,8 @@ from pspnet_jax.arrays import Batch
 from pspnet_jax.config import default_config
 from pspnet_jax.losses import LossOptions
 from pspnet_jax.models.convolution import batch_to_space, convolve, space_to_batch
-from pspnet_jax.models.pspnet import ModelOptions, PSPNet, is_head
+from pspnet_jax.models.families import ModelOptions
+from pspnet_jax.models.pspnet import PSPNet, is_head
 from pspnet_jax.optimizer import poly_schedule, sgd
 from pspnet_jax.resample import resize
 from pspnet_jax.train_step import create_train_state, make_train_step, split_model

@@ -16,14 +16,8 @@ from pspnet_jax.catalog import LabelSet, load_label_set
 from pspnet_jax.checkpoint import CheckpointFolder
 from pspnet_jax.data import transforms
 from pspnet_jax.losses import LossOptions
-from pspnet_jax.models.pspnet import (
-    AUX_HEADS,
-    FAMILIES,
-    ModelOptions,
-    PSPNet,
-    check_size,
-    is_head,
-)
+from pspnet_jax.models.families import AUX_HEADS, FAMILIES, ModelOptions, check_size
+from pspnet_jax.models.pspnet import PSPNet, is_head
 from pspnet_jax.optimizer import Schedule, adam, multistep_schedule, poly_schedule, sgd
 from pspnet_jax.protocols import Protocol
 from pspnet_jax.run import Run

@@ -52,23 +52,35 @@ def default_config() -> ConfigDict:
     augment.flip_probability = placeholder(float)  # 0..1
 
     model = config.model = ConfigDict()
-    model.family = "semseg"  # semseg | lextal
+    model.family = "semseg"  # semseg | caffe | mmseg | smp | csail | lextal
     # resnet10 | 18 | 34 | 50 | 101 | 152 | 269, densenet121, squeezenet
     model.backbone = "resnet50"
     model.width = 64  # planes of the first stage; all other channels scale with it
-    model.stem = placeholder(str)  # deep | 7x7
+    model.stem = placeholder(str)  # deep (64, 64, 128 channels) | v1c (32, 32, 64) | 7x7
+    model.num_stages = placeholder(int)  # of the backbone: 2 | 3 | 4, the last ones are left out
     model.output_stride = placeholder(int)  # image pixels per feature pixel: 8 | 16 | 32
     model.first_block_dilation = placeholder(tuple)  # of stages 3 and 4
+    model.bottleneck_stride = placeholder(str)  # which of its convolutions has it: 3x3 | 1x1
+    # convolutions of a basic block that are dilated: both | first | stage (both, the second always by
+    # the stage's own dilation)
+    model.basic_block_dilation = placeholder(str)
     model.pyramid_bins = placeholder(tuple)  # bins per axis of each level; () = no pyramid
     model.pyramid_pool = placeholder(str)  # average | max
     model.pyramid_reduction = placeholder(bool)  # bring each level to 1/N of the channels
+    model.pyramid_width = placeholder(int)  # to so many times the width instead; 0 = 1/N
     model.pyramid_linear = placeholder(bool)  # levels without norm and ReLU
+    model.pyramid_bin1_norm = placeholder(bool)  # a norm, else a bias, in the level of one bin
     model.pyramid_map_first = placeholder(bool)  # map before the levels, or after them
     model.head = placeholder(str)  # fused | progressive
+    model.head_width = placeholder(int)  # hidden channels, in times the width
+    model.head_kernels = placeholder(tuple)  # sizes of the fused head's two kernels: 3,1
     model.aux_heads = placeholder(tuple)  # of pixel, presence; those with a loss are added
+    model.aux_width = placeholder(int)  # hidden channels of auxiliary heads, in times the width
     model.align_corners = placeholder(bool)  # rule of every bilinear resize
-    model.dropout_rate = placeholder(float)  # of whole channels, 0..1
-    model.initializer = placeholder(str)  # semseg
+    model.dropout_rate = placeholder(float)  # 0..1
+    model.dropout_kind = placeholder(str)  # channel (whole ones) | element
+    model.norm_momentum = placeholder(float)  # share of a batch in running statistics, 0..1
+    model.initializer = placeholder(str)  # semseg | caffe | mmseg | smp | csail
     model.dtype = "float32"  # computed in: float32 | bfloat16 (float64 with JAX_ENABLE_X64=1)
     model.remat = False  # recompute blocks in the backward pass: less memory, more time
     model.frozen_norm = False  # batch norm keeps its running statistics
@@ -169,6 +181,12 @@ _CONSTRAINTS: dict[str, tuple[Callable, str]] = {
         lambda x: all(isinstance(v, int) and v >= 1 for v in x),
         "whole numbers of at least 1",
     ),
+    "model.num_stages": (lambda x: x in (2, 3, 4), "2, 3 or 4"),
+    "model.pyramid_width": _AT_LEAST_0,
+    "model.head_width": _COUNT,
+    "model.head_kernels": _PAIR,
+    "model.aux_width": _COUNT,
+    "model.norm_momentum": _FRACTION,
     "model.dropout_rate": (lambda x: 0 <= x < 1, "within 0..1, 1 excluded"),
     "loss.aux_weight": _AT_LEAST_0,
     "loss.presence_weight": _AT_LEAST_0,

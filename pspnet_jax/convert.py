@@ -20,8 +20,9 @@ from pspnet_jax import protocols
 from pspnet_jax.catalog import LabelSet, load_label_set
 from pspnet_jax.checkpoint import CheckpointFolder, flatten, unflatten
 from pspnet_jax.config import default_config
+from pspnet_jax.models.families import FAMILIES, ModelOptions
 from pspnet_jax.models.layers import NoRandomNumbers
-from pspnet_jax.models.pspnet import FAMILIES, ModelOptions, PSPNet
+from pspnet_jax.models.pspnet import PSPNet
 from pspnet_jax.models.resnet import DEPTHS
 from pspnet_jax.passes import structure
 from pspnet_jax.pretrained import FORMAT, read_file, recognize

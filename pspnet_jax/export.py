@@ -21,7 +21,7 @@ from flax import nnx
 
 from pspnet_jax.checkpoint import flatten
 from pspnet_jax.metric_writer import write_whole
-from pspnet_jax.models.pspnet import FAMILIES
+from pspnet_jax.models.families import FAMILIES
 from pspnet_jax.passes import structure
 from pspnet_jax.segmenter import (
     Description,
@@ -152,7 +152,7 @@ def smallest_side(description: Description) -> int:
     family = FAMILIES[description.model.family]
 
     def feature_maps(params, batch_stats, images):
-        return nnx.merge(graphdef, params, batch_stats).backbone(images, train=False).stage4
+        return nnx.merge(graphdef, params, batch_stats).backbone(images, train=False).last
 
     def is_empty(side: int) -> bool:
         shape = (1, family.padded(side), family.padded(side), 3)

@@ -17,8 +17,9 @@ from pspnet_jax import canvas as canvas_module
 from pspnet_jax.arrays import Images, Labels, Logits, RawImages
 from pspnet_jax.canvas import AxisTaps, Tile, Wanted
 from pspnet_jax.checkpoint import Tree
+from pspnet_jax.models.families import FAMILIES, ModelOptions, Normalization
 from pspnet_jax.models.layers import NoRandomNumbers
-from pspnet_jax.models.pspnet import FAMILIES, ModelOptions, Normalization, PSPNet
+from pspnet_jax.models.pspnet import PSPNet
 from pspnet_jax.resample import Maps, Platform, resize
 from pspnet_jax.train_step import normalize, split_model
 

@@ -43,8 +43,8 @@ from pspnet_jax.checkpoint import (
 from pspnet_jax.data import transforms, unreadable
 from pspnet_jax.data.pipeline import Source, name_of, training_batches
 from pspnet_jax.metric_writer import MetricWriter, TrainingProgress, log_to, write_whole
+from pspnet_jax.models.families import ModelOptions
 from pspnet_jax.models.layers import NoRandomNumbers, RandomNumbers
-from pspnet_jax.models.pspnet import ModelOptions
 from pspnet_jax.pretrained import start_from
 from pspnet_jax.report import summary, write_report
 from pspnet_jax.segmenter import Description, Provenance, Segmenter, model_part

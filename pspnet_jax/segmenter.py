@@ -36,7 +36,7 @@ from pspnet_jax.arrays import (
 from pspnet_jax.canvas import Wanted
 from pspnet_jax.catalog import LabelSet
 from pspnet_jax.checkpoint import CheckpointFolder, Tree, check_same_shapes
-from pspnet_jax.models.pspnet import FAMILIES, ModelOptions, Normalization
+from pspnet_jax.models.families import FAMILIES, ModelOptions, Normalization
 from pspnet_jax.passes import Network
 from pspnet_jax.protocols import Protocol
 from pspnet_jax.resample import Platform

@@ -18,7 +18,8 @@ from jax.typing import DTypeLike
 
 from pspnet_jax.arrays import Batch, Images, Labels, Outputs, RawImages, Scalar
 from pspnet_jax.losses import Losses, LossOptions, presence_accuracy, segmentation_loss
-from pspnet_jax.models.pspnet import FAMILIES, Normalization, PSPNet
+from pspnet_jax.models.families import FAMILIES, Normalization
+from pspnet_jax.models.pspnet import PSPNet
 from pspnet_jax.optimizer import Schedule
 
 

@@ -3,7 +3,8 @@
 import numpy as np
 
 from pspnet_jax.config import default_config
-from pspnet_jax.models.pspnet import ModelOptions, PSPNet
+from pspnet_jax.models.families import ModelOptions
+from pspnet_jax.models.pspnet import PSPNet
 
 
 def options(**overrides) -> ModelOptions:

@@ -70,7 +70,16 @@ FOLDERS = {
         "pipeline",
         "survey",
     ],
-    "models/": ["convolution", "layers", "resnet", "densenet", "squeezenet", "pyramid", "pspnet"],
+    "models/": [
+        "convolution",
+        "layers",
+        "resnet",
+        "densenet",
+        "squeezenet",
+        "pyramid",
+        "families",
+        "pspnet",
+    ],
 }
 FOUNDATIONS = {"arrays", "resample", "catalog"}  # where the modules of layer 2 meet
 PURE = [

@@ -43,7 +43,7 @@ def test_macs_of_a_network_without_pyramid_are_those_of_its_program(backbone):
     model = network(backbone=backbone, width=4, pyramid_bins=())
     forward, aux = benchmark_counts.network_macs(model.options, 5, 33)
     assert forward == forward_macs(model, 33)
-    hidden, channels = 16, model.backbone.stage3_channels
+    hidden, channels = 16, model.backbone.auxiliary_channels
     assert aux == 25 * (9 * channels * hidden + hidden * 5)
 
 

@@ -24,7 +24,7 @@ from pspnet_jax.catalog import LabelSet, load_label_set
 from pspnet_jax.checkpoint import CheckpointFolder
 from pspnet_jax.config import to_json
 from pspnet_jax.metrics import ImageScore, confusion_matrix
-from pspnet_jax.models.pspnet import IMAGENET_8BIT
+from pspnet_jax.models.families import IMAGENET_8BIT
 from pspnet_jax.parallel import make_mesh
 from pspnet_jax.protocols import PROTOCOLS, choose, override
 from pspnet_jax.report_html import page

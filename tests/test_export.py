@@ -18,7 +18,7 @@ from pspnet_jax import export
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.checkpoint import CheckpointFolder
 from pspnet_jax.main import main
-from pspnet_jax.models.pspnet import IMAGENET_8BIT
+from pspnet_jax.models.families import IMAGENET_8BIT
 from pspnet_jax.parallel import make_mesh
 from pspnet_jax.protocols import choose
 from pspnet_jax.segmenter import Description, Provenance, Segmenter, StoredModel, model_part

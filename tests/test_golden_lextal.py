@@ -16,8 +16,9 @@ import pytest
 from flax import nnx
 
 from pspnet_jax.losses import LossOptions, segmentation_loss
+from pspnet_jax.models.families import IMAGENET_8BIT
 from pspnet_jax.models.layers import NoRandomNumbers
-from pspnet_jax.models.pspnet import IMAGENET_8BIT, PSPNet
+from pspnet_jax.models.pspnet import PSPNet
 from pspnet_jax.train_step import normalize, split_model
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -158,7 +159,7 @@ def test_scores_in_evaluation(name):
             logits = model(images, train=False).logits
             # In evaluation the network leaves this head out; its input is the same.
             features = model.backbone(images, train=False)
-            return jax.nn.log_softmax(logits), model.presence_head(features.stage3)
+            return jax.nn.log_softmax(logits), model.presence_head(features.auxiliary)
 
         scores, presence_logits = map(np.asarray, evaluate(net.state, net.images))
     assert scores.shape[1:3] == CASES[name].size

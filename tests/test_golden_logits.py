@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pspnet_jax.models.families import FAMILIES
 from pspnet_jax.models.layers import NoRandomNumbers
-from pspnet_jax.models.pspnet import FAMILIES, PSPNet
+from pspnet_jax.models.pspnet import PSPNet
 from pspnet_jax.resample import resize
 from pspnet_jax.train_step import normalize, split_model
 

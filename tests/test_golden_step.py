@@ -20,7 +20,8 @@ from flax import nnx
 
 from pspnet_jax.arrays import Batch
 from pspnet_jax.losses import LossOptions
-from pspnet_jax.models.pspnet import FAMILIES, PSPNet, is_head
+from pspnet_jax.models.families import FAMILIES
+from pspnet_jax.models.pspnet import PSPNet, is_head
 from pspnet_jax.optimizer import poly_schedule, sgd
 from pspnet_jax.resample import resize
 from pspnet_jax.train_step import create_train_state, make_train_step, normalize, split_model

@@ -11,8 +11,8 @@ from pspnet_jax.models.layers import (
     HE_FAN_OUT,
     TORCH_DEFAULT,
     BatchNorm,
-    ChannelDropout,
     Conv,
+    Dropout,
     Linear,
     NoRandomNumbers,
     PReLU,
@@ -177,21 +177,21 @@ class TestPReLU:
         assert PReLU()(jnp.ones((1, 2, 2, 3), jnp.bfloat16)).dtype == jnp.bfloat16
 
 
-class TestChannelDropout:
+class TestDropout:
     def test_drops_whole_channels_and_keeps_the_expectation(self):
         x = jnp.ones((64, 3, 2, 50))
-        y = np.asarray(ChannelDropout(0.25)(x, train=True, key=jax.random.key(0)))
+        y = np.asarray(Dropout(0.25, kind="channel")(x, train=True, key=jax.random.key(0)))
         assert set(np.unique(y)) == {0, np.float32(1 / 0.75)}
         np.testing.assert_array_equal(y, np.broadcast_to(y[:, :1, :1], y.shape))
         assert (y == 0).mean() == pytest.approx(0.25, abs=0.03)
 
     def test_does_nothing_outside_of_training(self):
         x = random(2, 3, 3, 4)
-        np.testing.assert_array_equal(ChannelDropout(0.5)(x, train=False, key=None), x)
+        np.testing.assert_array_equal(Dropout(0.5, kind="channel")(x, train=False, key=None), x)
 
     def test_needs_a_key(self):
         with pytest.raises(ValueError, match="needs a key"):
-            ChannelDropout(0.5)(jnp.ones((1, 1, 1, 1)), train=True, key=None)
+            Dropout(0.5, kind="channel")(jnp.ones((1, 1, 1, 1)), train=True, key=None)
 
 
 @pytest.mark.parametrize("size", [(7, 8), (9, 9)])

@@ -13,15 +13,16 @@ import pytest
 from flax import nnx
 
 from pspnet_jax.models.densenet import DenseNet
+from pspnet_jax.models.families import FAMILIES, ModelOptions
 from pspnet_jax.models.layers import (
     TORCH_DEFAULT,
     BatchNorm,
-    ChannelDropout,
     Conv,
+    Dropout,
     Linear,
     NoRandomNumbers,
 )
-from pspnet_jax.models.pspnet import FAMILIES, ModelOptions, PSPNet, is_head
+from pspnet_jax.models.pspnet import PSPNet, is_head
 from pspnet_jax.models.pyramid import PresenceHead, ProgressiveHead, Pyramid, PyramidPooling
 from pspnet_jax.models.resnet import ResNet, stage_strides
 from pspnet_jax.models.squeezenet import SqueezeNet
@@ -104,7 +105,7 @@ OTHERS = ("densenet121", "squeezenet")
 def test_parameter_counts_of_the_other_backbones(name, expected, stage3, stage4):
     model = nnx.eval_shape(lambda: other_backbone(name, width=64, rng=NoRandomNumbers()))
     assert count(nnx.state(model, nnx.Param)) == expected
-    assert (model.stage3_channels, model.stage4_channels) == (stage3, stage4)
+    assert (model.auxiliary_channels, model.last_channels) == (stage3, stage4)
 
 
 @pytest.mark.parametrize(
@@ -119,8 +120,8 @@ def test_images_of_8n_give_maps_of_n(name, size):
     model = other_backbone(name)
     features = nnx.eval_shape(lambda m, x: m(x, train=True), model, jnp.zeros((2, *size, 3)))
     expected = (2, size[0] // 8, size[1] // 8)
-    assert features.stage3.shape == (*expected, model.stage3_channels)
-    assert features.stage4.shape == (*expected, model.stage4_channels)
+    assert features.auxiliary.shape == (*expected, model.auxiliary_channels)
+    assert features.last.shape == (*expected, model.last_channels)
 
 
 def test_squeezenet_dilates_its_3x3_and_has_biases():
@@ -323,6 +324,8 @@ def progressive_head(*, dropout_rate=0.0, align_corners=True) -> ProgressiveHead
         64,
         5,
         dropout_rate=dropout_rate,
+        dropout_kind="channel",
+        initializer=TORCH_DEFAULT,
         align_corners=align_corners,
         conv=CONV,
         norm=NORM,
@@ -334,6 +337,7 @@ class TestProgressiveHead:
     def test_channels_are_the_published_ones_and_logits_eight_times_as_large(self):
         def head():
             bound = {"conv": CONV, "norm": NORM, "rng": NoRandomNumbers()}
+            bound |= {"dropout_kind": "channel", "initializer": TORCH_DEFAULT}
             return ProgressiveHead(2560, 1024, 18, dropout_rate=0.3, align_corners=True, **bound)
 
         model = nnx.eval_shape(head)
@@ -371,13 +375,13 @@ class TestProgressiveHead:
 
     def test_every_dropout_draws_its_own_channels(self, monkeypatch):
         seen = []
-        original = ChannelDropout.__call__
+        original = Dropout.__call__
 
         def watch(self, x, *, train, key):
             seen.append(tuple(np.asarray(jax.random.key_data(key))))
             return original(self, x, train=train, key=key)
 
-        monkeypatch.setattr(ChannelDropout, "__call__", watch)
+        monkeypatch.setattr(Dropout, "__call__", watch)
         x = Pyramid(random(2, 2, 2, 12))
         progressive_head(dropout_rate=0.3)(x, train=True, key=jax.random.key(0))
         assert len(seen) == len(set(seen)) == 4
@@ -455,7 +459,7 @@ def test_remat_changes_neither_values_nor_statistics_nor_gradients(name):
                 model = nnx.merge(graphdef, params, batch_stats)
                 features = model(images, train=True)
                 statistics = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
-                return jnp.sum(features.stage4**2), statistics
+                return jnp.sum(features.last**2), statistics
 
             return jax.value_and_grad(total, has_aux=True)(params)
 
@@ -491,7 +495,7 @@ def operations(model: nnx.Module) -> tuple[collections.Counter, collections.Coun
     images = jnp.zeros((2, 16, 16, 3))
 
     def total(params, batch_stats):
-        return nnx.merge(graphdef, params, batch_stats)(images, train=True).stage4.sum()
+        return nnx.merge(graphdef, params, batch_stats)(images, train=True).last.sum()
 
     return tuple(
         collections.Counter(_names(jax.make_jaxpr(function)(params, batch_stats).jaxpr))

@@ -11,7 +11,7 @@ from pspnet_jax import convert
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.checkpoint import CheckpointFolder, flatten
 from pspnet_jax.compose import compose
-from pspnet_jax.models.pspnet import IMAGENET_8BIT
+from pspnet_jax.models.families import IMAGENET_8BIT
 from pspnet_jax.pretrained import start_from
 from pspnet_jax.protocols import choose
 from pspnet_jax.segmenter import Description, model_part

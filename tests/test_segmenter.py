@@ -17,7 +17,7 @@ from compiling import compilations
 from pspnet_jax import load, parallel, passes
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.checkpoint import CheckpointFolder
-from pspnet_jax.models.pspnet import IMAGENET_8BIT
+from pspnet_jax.models.families import IMAGENET_8BIT
 from pspnet_jax.protocols import choose
 from pspnet_jax.segmenter import (
     Description,
@@ -295,7 +295,8 @@ import resource
 import numpy as np
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.config import default_config
-from pspnet_jax.models.pspnet import IMAGENET_8BIT, ModelOptions, PSPNet
+from pspnet_jax.models.families import IMAGENET_8BIT, ModelOptions
+from pspnet_jax.models.pspnet import PSPNet
 from pspnet_jax.protocols import choose
 from pspnet_jax.segmenter import Description, Provenance, Segmenter
 from pspnet_jax.train_step import split_model

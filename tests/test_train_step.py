@@ -12,7 +12,8 @@ from pspnet_jax import parallel, programs
 from pspnet_jax.arrays import IGNORE_LABEL, Batch
 from pspnet_jax.compose import compile_when_called, jit_over_mesh
 from pspnet_jax.losses import PLAIN, LossOptions
-from pspnet_jax.models.pspnet import IMAGENET_8BIT, is_head
+from pspnet_jax.models.families import IMAGENET_8BIT
+from pspnet_jax.models.pspnet import is_head
 from pspnet_jax.optimizer import poly_schedule, sgd
 from pspnet_jax.train_step import create_train_state, make_train_step, normalize
 

@@ -66,12 +66,13 @@ class DenseNet(nnx.Module):
     """A densely connected network without its last norm and classifier, at output stride 8.
 
     Layers are the attributes `layer<block>_<layer>`, `transition<block>` follows the block of its
-    number. Stage 3 is what the third transition gives, stage 4 the last block.
+    number. The auxiliary map is what the third transition gives.
 
     Args:
         backbone: a key of `DEPTHS`.
         width: channels of the stem, even (64 as published).
         frozen_norm: batch norm uses its running statistics in training.
+        norm_momentum: share of the batch in its running statistics.
         remat: recompute each layer in the backward pass instead of storing what its convolutions gave.
 
     Raises:
@@ -84,6 +85,7 @@ class DenseNet(nnx.Module):
         *,
         width: int,
         frozen_norm: bool,
+        norm_momentum: float = 0.1,
         remat: bool,
         dtype: DTypeLike,
         platform: Platform = None,
@@ -96,7 +98,7 @@ class DenseNet(nnx.Module):
                 f"{width + 1}): each layer grows by half of it"
             )
         conv = functools.partial(Conv, initializer=initializer, dtype=dtype, platform=platform)
-        norm = functools.partial(BatchNorm, frozen=frozen_norm)
+        norm = functools.partial(BatchNorm, frozen=frozen_norm, momentum=norm_momentum)
         self.num_layers, self.remat = DEPTHS[backbone], remat
         growth = width // 2
         self.stem = PlainStem(width, conv=conv, norm=norm, rng=rng)
@@ -111,8 +113,8 @@ class DenseNet(nnx.Module):
                 made = Transition(channels, halves_size=halves, conv=conv, norm=norm, rng=rng)
                 setattr(self, f"transition{k}", made)
                 channels //= 2
-                self.stage3_channels = channels
-        self.stage4_channels = channels
+                self.auxiliary_channels = channels
+        self.last_channels = channels
 
     def __call__(self, x: Features, *, train: bool) -> BackboneFeatures:
         x = run([self.stem], x, train=train, remat=self.remat)

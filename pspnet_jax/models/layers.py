@@ -1,4 +1,4 @@
-"""The layers every network here is made of: convolution, linear, batch norm, PReLU, channel dropout.
+"""The layers every network here is made of: convolution, linear, batch norm, PReLU, dropout.
 
 * Feature maps are [batch, height, width, channels]; kernels are [height, width, in, out].
 * Padding is PyTorch's: dilation * (kernel_size - 1) / 2 on every side, never 'SAME' (which pads
@@ -50,9 +50,12 @@ class NoRandomNumbers(np.random.Generator):
         super().__init__(np.random.PCG64(0))
 
 
-def _normal_fan_out(rng: RandomNumbers, shape: tuple[int, ...]) -> np.ndarray:
-    fan_out = math.prod(shape[:-2]) * shape[-1]
-    return rng.standard_normal(shape, dtype=np.float32) * np.float32((2 / fan_out) ** 0.5)
+def _normal(rng: RandomNumbers, shape: tuple[int, ...], deviation: float) -> np.ndarray:
+    return rng.standard_normal(shape, dtype=np.float32) * np.float32(deviation)
+
+
+def _zeros(rng: RandomNumbers, shape: tuple[int, ...]) -> np.ndarray:
+    return np.zeros(shape[-1], np.float32)
 
 
 def _uniform_fan_in(
@@ -63,9 +66,18 @@ def _uniform_fan_in(
 
 
 HE_FAN_OUT = Initializer(
-    kernel=_normal_fan_out, bias=lambda rng, shape: np.zeros(shape[-1], np.float32)
+    kernel=lambda rng, shape: _normal(rng, shape, (2 / (math.prod(shape[:-2]) * shape[-1])) ** 0.5),
+    bias=_zeros,
 )
 """Normal with variance 2 / fan_out (He et al. 2015): ResNet backbones."""
+
+HE_FAN_IN = Initializer(
+    kernel=lambda rng, shape: _normal(rng, shape, (2 / math.prod(shape[:-1])) ** 0.5), bias=_zeros
+)
+"""Normal with variance 2 / fan_in (He et al. 2015): Caffe's msra."""
+
+SMALL_NORMAL = Initializer(kernel=lambda rng, shape: _normal(rng, shape, 0.01), bias=_zeros)
+"""Normal with a standard deviation of 0.01: mmsegmentation's classifiers."""
 
 TORCH_DEFAULT = Initializer(
     kernel=lambda rng, shape: _uniform_fan_in(rng, shape, shape),
@@ -243,18 +255,25 @@ class PReLU(nnx.Module):
         return jnp.where(x > 0, x, _per_channel(self.slope[...].astype(x.dtype)) * x)
 
 
-class ChannelDropout(nnx.Module):
-    """Dropout of whole channels of each image (PyTorch's Dropout2d); the rest is scaled by 1 / (1 - rate)."""
+# What one random number decides on -> shape of the random numbers for a map.
+DROPOUTS: dict[str, Callable[[tuple[int, ...]], tuple[int, ...]]] = {
+    "channel": lambda shape: (shape[0], 1, 1, shape[3]),  # of one image: PyTorch's Dropout2d
+    "element": lambda shape: shape,  # PyTorch's Dropout, Caffe's
+}
 
-    def __init__(self, rate: float):
-        self.rate = rate
+
+class Dropout(nnx.Module):
+    """Dropout of whole channels or of single values (`DROPOUTS`); the rest is scaled by 1 / (1 - rate)."""
+
+    def __init__(self, rate: float, *, kind: str):
+        self.rate, self.kind = rate, kind
 
     def __call__(self, x: Features, *, train: bool, key: jax.Array | None) -> Features:
         if not train or self.rate == 0:
             return x
         if key is None:
             raise ValueError("dropout in training needs a key: model(images, train=True, key=...)")
-        kept = jax.random.bernoulli(key, 1 - self.rate, (x.shape[0], 1, 1, x.shape[3]))
+        kept = jax.random.bernoulli(key, 1 - self.rate, DROPOUTS[self.kind](x.shape))
         return jnp.where(kept, x / (1 - self.rate), jnp.zeros((), x.dtype)).astype(x.dtype)
 
 

@@ -6,8 +6,8 @@
   and whether the map itself comes first or last, are options.
 * `Pyramid`: the map and its levels, of a few bins each. `fuse` is the convolution of all of them
   together, without ever stretching a level to the size of the map or concatenating anything.
-* `ClassifierHead`: 3x3 convolution, norm, ReLU, channel dropout, 1x1 classifier. After the pyramid it
-  fuses the levels; on stage 3 it is the auxiliary head.
+* `ClassifierHead`: convolution, norm, ReLU, dropout, classifier. After the pyramid it fuses the levels; on
+  the stage before it is the auxiliary head.
 * `ProgressiveHead`: fuses the levels with a 1x1 convolution and doubles the size three times on the way
   to its classifier, where `ClassifierHead` leaves one stretch by 8 to the loss.
 * `PresenceHead`: which classes are somewhere in the image, from the largest value of every channel.
@@ -27,9 +27,10 @@ from pspnet_jax.arrays import Features, Logits, PresenceLogits
 from pspnet_jax.models.convolution import convolve
 from pspnet_jax.models.layers import (
     BatchNorm,
-    ChannelDropout,
     Conv,
     ConvWeights,
+    Dropout,
+    Initializer,
     Linear,
     PReLU,
     RandomNumbers,
@@ -151,16 +152,32 @@ def _convolve_stretched(
 
 
 class PyramidLevel(nnx.Module):
-    """1x1 convolution of one pooled map, then norm and ReLU unless it is linear."""
+    """1x1 convolution of one pooled map, then norm and ReLU unless it is linear.
 
-    def __init__(self, in_channels: int, out_channels: int, *, linear: bool, conv, norm, rng):
-        self.conv = conv(in_channels, out_channels, 1, rng=rng)
-        self.norm = None if linear else norm(out_channels)
+    Args:
+        has_norm: else a bias stands in its place (where it is not linear).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        linear: bool,
+        has_norm: bool,
+        conv,
+        norm,
+        rng,
+    ):
+        self.linear = linear
+        use_bias = not (linear or has_norm)
+        self.conv = conv(in_channels, out_channels, 1, use_bias=use_bias, rng=rng)
+        self.norm = norm(out_channels) if has_norm and not linear else None
 
     def __call__(self, x: Features, *, train: bool) -> Features:
-        if self.norm is None:
-            return self.conv(x)
-        return jax.nn.relu(conv_norm(self.conv, self.norm, x, train=train))
+        norm = self.norm
+        y = self.conv(x) if norm is None else conv_norm(self.conv, norm, x, train=train)
+        return y if self.linear else jax.nn.relu(y)
 
 
 class PyramidPooling(nnx.Module):
@@ -170,9 +187,12 @@ class PyramidPooling(nnx.Module):
         channels: of the incoming map.
         bins: bins per axis of each level, any number of levels; () adds nothing.
         pool: 'average' or 'max'.
-        reduction: bring each level to channels / len(bins); without, levels are the pooled maps as they
-            are, or linear maps of them.
+        reduction: bring each level to fewer channels; without, levels are the pooled maps as they are, or
+            linear maps of them.
+        level_channels: to how many; None: channels / len(bins).
         linear: every level is a 1x1 convolution, without a norm and a ReLU after it.
+        bin1_norm: whether the level of one bin has a norm; else a bias. In training that norm sees one value
+            an image.
         map_first: [map, levels]; else [levels, map].
         align_corners: rule of the stretching.
 
@@ -187,26 +207,34 @@ class PyramidPooling(nnx.Module):
         bins: tuple[int, ...],
         pool: str,
         reduction: bool,
+        level_channels: int | None = None,
         linear: bool = False,
+        bin1_norm: bool = True,
         map_first: bool = True,
         align_corners: bool,
         conv,
         norm,
         rng: RandomNumbers,
     ):
-        if bins and reduction and channels % len(bins):
+        divides = bool(bins) and reduction and level_channels is None
+        if divides and channels % len(bins):
             raise ValueError(
                 f"model.pyramid_bins={bins}: {channels} channels cannot be divided into {len(bins)} "
                 "equal levels; choose another number of bins or --config.model.pyramid_reduction=False"
             )
         self.bins, self.pool, self.align_corners = bins, pool, align_corners
         self.map_first, self.has_levels = map_first, reduction or linear
-        level_channels = channels // len(bins) if bins and reduction else channels
+        if divides:
+            level_channels = channels // len(bins)
+        elif not reduction or level_channels is None:
+            level_channels = channels
         self.out_channels = channels + len(bins) * level_channels
         make_level = functools.partial(PyramidLevel, linear=linear, conv=conv, norm=norm, rng=rng)
         if self.has_levels:
             for num_bins in bins:
-                setattr(self, f"level{num_bins}", make_level(channels, level_channels))
+                has_norm = bin1_norm or num_bins > 1
+                made = make_level(channels, level_channels, has_norm=has_norm)
+                setattr(self, f"level{num_bins}", made)
 
     def __call__(self, x: Features, *, train: bool) -> Pyramid:
         levels = POOLS[self.pool](x, self.bins)
@@ -219,7 +247,13 @@ class PyramidPooling(nnx.Module):
 
 
 class ClassifierHead(nnx.Module):
-    """3x3 convolution, norm, ReLU, channel dropout and a 1x1 classifier with bias."""
+    """Convolution, norm, ReLU, dropout and a classifier with bias.
+
+    Args:
+        kernel_sizes: of the convolution and the classifier: 3 and 1 as published in the paper.
+        dropout_kind: a key of `layers.DROPOUTS`.
+        initializer: of the classifier.
+    """
 
     def __init__(
         self,
@@ -227,15 +261,26 @@ class ClassifierHead(nnx.Module):
         hidden_channels: int,
         num_classes: int,
         *,
+        kernel_sizes: Pair = (3, 1),
         dropout_rate: float,
+        dropout_kind: str,
+        initializer: Initializer,
         conv: functools.partial[Conv],
         norm: functools.partial[BatchNorm],
         rng: RandomNumbers,
     ):
-        self.conv = conv(in_channels, hidden_channels, 3, rng=rng)
+        fusing, classifying = kernel_sizes
+        self.conv = conv(in_channels, hidden_channels, fusing, rng=rng)
         self.norm = norm(hidden_channels)
-        self.dropout = ChannelDropout(dropout_rate)
-        self.classifier = conv(hidden_channels, num_classes, 1, use_bias=True, rng=rng)
+        self.dropout = Dropout(dropout_rate, kind=dropout_kind)
+        self.classifier = conv(
+            hidden_channels,
+            num_classes,
+            classifying,
+            use_bias=True,
+            initializer=initializer,
+            rng=rng,
+        )
 
     def __call__(self, pyramid: Pyramid, *, train: bool, key: jax.Array | None) -> Logits:
         weights = weights_with(self.norm, self.conv, train=train)
@@ -267,7 +312,9 @@ class ProgressiveHead(nnx.Module):
 
     Args:
         hidden_channels: of the fused map.
-        dropout_rate: of its channels (0.3 as published); after each block it is half of that.
+        dropout_rate: after the fused map (0.3 as published); after each block it is half of that.
+        dropout_kind: a key of `layers.DROPOUTS`.
+        initializer: of the classifier.
         align_corners: rule of the doubling.
     """
 
@@ -278,6 +325,8 @@ class ProgressiveHead(nnx.Module):
         num_classes: int,
         *,
         dropout_rate: float,
+        dropout_kind: str,
+        initializer: Initializer,
         align_corners: bool,
         conv: functools.partial[Conv],
         norm: functools.partial[BatchNorm],
@@ -291,9 +340,11 @@ class ProgressiveHead(nnx.Module):
         self.up1 = block(hidden_channels, wide)
         self.up2 = block(wide, narrow)
         self.up3 = block(narrow, narrow)
-        self.classifier = conv(narrow, num_classes, 1, use_bias=True, rng=rng)
-        self.fuse_dropout = ChannelDropout(dropout_rate)
-        self.block_dropout = ChannelDropout(dropout_rate / 2)
+        self.classifier = conv(
+            narrow, num_classes, 1, use_bias=True, initializer=initializer, rng=rng
+        )
+        self.fuse_dropout = Dropout(dropout_rate, kind=dropout_kind)
+        self.block_dropout = Dropout(dropout_rate / 2, kind=dropout_kind)
 
     def __call__(self, pyramid: Pyramid, *, train: bool, key: jax.Array | None) -> Logits:
         fuse_key, *block_keys = (None,) * 4 if key is None else jax.random.split(key, 4)

@@ -6,10 +6,12 @@
   built: at 8, stages 3 and 4 keep their size and dilate by 2 and 4.
 * What the *first* block of a dilated stage does differs between published networks, so it is an option:
   (2, 4) is the authors' (`first_block_dilation`, never more than the stage's own dilation).
-* Bottlenecks put the stride on their 3x3 convolution.
+* So does where a block has its stride, and how its second convolution is dilated: `BlockStyle`.
+* `num_stages` below four cuts the network off: a small map without dilation (segmentation_models_pytorch).
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -27,30 +29,71 @@ from pspnet_jax.models.layers import (
     max_pool,
     run,
 )
-from pspnet_jax.resample import Platform
+from pspnet_jax.resample import Pair, Platform
 
-STEMS = ("deep", "7x7")
+# Channels of the three 3x3 convolutions of a deep stem, in units of half the width; () is one 7x7.
+STEMS = {"deep": (2, 2, 4), "v1c": (1, 1, 2), "7x7": ()}
 OUTPUT_STRIDES = (8, 16, 32)
 
 
 class BackboneFeatures(NamedTuple):
-    """Feature maps of stage 3 (for the auxiliary head) and stage 4 (for the pyramid)."""
+    """Feature maps of the last two stages."""
 
-    stage3: Features
-    stage4: Features
+    auxiliary: Features
+    """Of the last stage but one, for auxiliary heads."""
+    last: Features
+    """For the pyramid."""
+
+
+class BlockStyle(NamedTuple):
+    """Where published residual blocks differ."""
+
+    bottleneck_stride: str = "3x3"
+    """Which convolution of a bottleneck has its stride: a key of `BOTTLENECK_STRIDES`."""
+    basic_block_dilation: str = "both"
+    """What of a basic block is dilated: a key of `BASIC_BLOCK_DILATIONS`."""
+
+
+PLAIN_STYLE = BlockStyle()
+
+# Each: stride of the block -> those of its 1x1 and its 3x3 convolution.
+BOTTLENECK_STRIDES: dict[str, Callable[[int], Pair]] = {
+    "3x3": lambda stride: (1, stride),
+    "1x1": lambda stride: (stride, 1),  # He et al. 2016 as first published
+}
+# Each: dilation of the block and of the other blocks of its stage -> those of its two convolutions.
+BASIC_BLOCK_DILATIONS: dict[str, Callable[[int, int], Pair]] = {
+    "both": lambda block, stage: (block, block),
+    "first": lambda block, stage: (block, 1),
+    "stage": lambda block, stage: (block, stage),
+}
 
 
 class BasicBlock(nnx.Module):
-    """Two 3x3 convolutions and a shortcut; both are dilated."""
+    """Two 3x3 convolutions and a shortcut.
+
+    Args:
+        dilations: of this block, and of the blocks of its stage but the first.
+    """
 
     expansion = 1
 
     def __init__(
-        self, in_channels: int, planes: int, *, stride: int, dilation: int, conv, norm, rng
+        self,
+        in_channels: int,
+        planes: int,
+        *,
+        stride: int,
+        dilations: Pair,
+        style: BlockStyle,
+        conv,
+        norm,
+        rng,
     ):
-        self.conv1 = conv(in_channels, planes, 3, stride=stride, dilation=dilation, rng=rng)
+        first, second = BASIC_BLOCK_DILATIONS[style.basic_block_dilation](*dilations)
+        self.conv1 = conv(in_channels, planes, 3, stride=stride, dilation=first, rng=rng)
         self.norm1 = norm(planes)
-        self.conv2 = conv(planes, planes, 3, dilation=dilation, rng=rng)
+        self.conv2 = conv(planes, planes, 3, dilation=second, rng=rng)
         self.norm2 = norm(planes)
         self.shortcut = _shortcut(in_channels, planes, stride=stride, conv=conv, norm=norm, rng=rng)
 
@@ -61,17 +104,31 @@ class BasicBlock(nnx.Module):
 
 
 class Bottleneck(nnx.Module):
-    """1x1 reduction, 3x3 convolution, 1x1 expansion by four, and a shortcut."""
+    """1x1 reduction, 3x3 convolution, 1x1 expansion by four, and a shortcut.
+
+    Args:
+        dilations: as of a `BasicBlock`; this block's is that of its 3x3 convolution.
+    """
 
     expansion = 4
 
     def __init__(
-        self, in_channels: int, planes: int, *, stride: int, dilation: int, conv, norm, rng
+        self,
+        in_channels: int,
+        planes: int,
+        *,
+        stride: int,
+        dilations: Pair,
+        style: BlockStyle,
+        conv,
+        norm,
+        rng,
     ):
         out_channels = planes * self.expansion
-        self.conv1 = conv(in_channels, planes, 1, rng=rng)
+        first, second = BOTTLENECK_STRIDES[style.bottleneck_stride](stride)
+        self.conv1 = conv(in_channels, planes, 1, stride=first, rng=rng)
         self.norm1 = norm(planes)
-        self.conv2 = conv(planes, planes, 3, stride=stride, dilation=dilation, rng=rng)
+        self.conv2 = conv(planes, planes, 3, stride=second, dilation=dilations[0], rng=rng)
         self.norm2 = norm(planes)
         self.conv3 = conv(planes, out_channels, 1, rng=rng)
         self.norm3 = norm(out_channels)
@@ -109,15 +166,19 @@ DEPTHS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int
 
 
 class DeepStem(nnx.Module):
-    """Three 3x3 convolutions instead of one 7x7 (64, 64, 128 channels at width 64), then the max pool."""
+    """Three 3x3 convolutions instead of one 7x7, then the max pool.
 
-    def __init__(self, width: int, *, conv, norm, rng):
-        self.out_channels = 2 * width
-        self.conv1 = conv(3, width, 3, stride=2, rng=rng)
-        self.norm1 = norm(width)
-        self.conv2 = conv(width, width, 3, rng=rng)
-        self.norm2 = norm(width)
-        self.conv3 = conv(width, self.out_channels, 3, rng=rng)
+    Args:
+        channels: of the three: 64, 64, 128 in the authors' networks, 32, 32, 64 in ResNet-C.
+    """
+
+    def __init__(self, channels: tuple[int, int, int], *, conv, norm, rng):
+        first, second, self.out_channels = channels
+        self.conv1 = conv(3, first, 3, stride=2, rng=rng)
+        self.norm1 = norm(first)
+        self.conv2 = conv(first, second, 3, rng=rng)
+        self.norm2 = norm(second)
+        self.conv3 = conv(second, self.out_channels, 3, rng=rng)
         self.norm3 = norm(self.out_channels)
 
     def __call__(self, x: Features, *, train: bool) -> Features:
@@ -146,10 +207,13 @@ class ResNet(nnx.Module):
     Args:
         backbone: a key of `DEPTHS`.
         width: planes of the first stage (64 as published).
-        stem: 'deep' or '7x7'.
+        stem: a key of `STEMS`.
+        num_stages: 2, 3 or 4; fewer leave the last ones out.
         output_stride: 8, 16 or 32 image pixels per feature pixel.
         first_block_dilation: dilation of the first block of stages 3 and 4.
+        style: of the blocks.
         frozen_norm: batch norm uses its running statistics in training.
+        norm_momentum: share of the batch in its running statistics.
         remat: recompute each block in the backward pass instead of storing what its convolutions gave.
     """
 
@@ -159,9 +223,12 @@ class ResNet(nnx.Module):
         *,
         width: int,
         stem: str,
+        num_stages: int = 4,
         output_stride: int,
         first_block_dilation: tuple[int, int],
+        style: BlockStyle = PLAIN_STYLE,
         frozen_norm: bool,
+        norm_momentum: float = 0.1,
         remat: bool,
         dtype: DTypeLike,
         platform: Platform = None,
@@ -170,28 +237,28 @@ class ResNet(nnx.Module):
     ):
         block, num_blocks = DEPTHS[backbone]
         conv = functools.partial(Conv, initializer=initializer, dtype=dtype, platform=platform)
-        norm = functools.partial(BatchNorm, frozen=frozen_norm)
-        make_stem = DeepStem if stem == "deep" else PlainStem
-        self.stem = make_stem(width, conv=conv, norm=norm, rng=rng)
-        self.num_blocks, self.remat = num_blocks, remat
+        norm = functools.partial(BatchNorm, frozen=frozen_norm, momentum=norm_momentum)
+        self.stem = _make_stem(stem, width, conv=conv, norm=norm, rng=rng)
+        self.num_blocks, self.remat = num_blocks[:num_stages], remat
         channels = self.stem.out_channels
-        for stage, (stride, dilation) in enumerate(stage_strides(output_stride), start=1):
+        stages = stage_strides(output_stride)[:num_stages]
+        for stage, (stride, dilation) in enumerate(stages, start=1):
             planes = width * 2 ** (stage - 1)
             first = min(first_block_dilation[stage - 3], dilation) if stage > 2 else 1
             for i in range(num_blocks[stage - 1]):
-                rates = (stride, first) if i == 0 else (1, dilation)
                 made = block(
                     channels,
                     planes,
-                    stride=rates[0],
-                    dilation=rates[1],
+                    stride=stride if i == 0 else 1,
+                    dilations=(first if i == 0 else dilation, dilation),
+                    style=style,
                     conv=conv,
                     norm=norm,
                     rng=rng,
                 )
                 setattr(self, f"layer{stage}_{i}", made)
                 channels = planes * block.expansion
-        self.stage3_channels, self.stage4_channels = channels // 2, channels
+        self.auxiliary_channels, self.last_channels = channels // 2, channels
 
     def __call__(self, x: Features, *, train: bool) -> BackboneFeatures:
         x = run([self.stem], x, train=train, remat=self.remat)
@@ -200,7 +267,7 @@ class ResNet(nnx.Module):
             blocks = [getattr(self, f"layer{stage}_{i}") for i in range(num_blocks)]
             x = run(blocks, x, train=train, remat=self.remat)
             stages.append(x)
-        return BackboneFeatures(stages[2], stages[3])
+        return BackboneFeatures(stages[-2], stages[-1])
 
 
 def stage_strides(output_stride: int) -> tuple[tuple[int, int], ...]:
@@ -213,6 +280,16 @@ def stage_strides(output_stride: int) -> tuple[tuple[int, int], ...]:
         strides.append(stride)
         dilations.append(dilation)
     return tuple(zip(strides, dilations, strict=True))
+
+
+def _make_stem(stem: str, width: int, *, conv, norm, rng) -> DeepStem | PlainStem:
+    if not STEMS[stem]:
+        return PlainStem(width, conv=conv, norm=norm, rng=rng)
+    first, second, third = (width * halves / 2 for halves in STEMS[stem])
+    if not first.is_integer():
+        raise ValueError(f"model.width={width} must be even with model.stem={stem!r}")
+    channels = int(first), int(second), int(third)
+    return DeepStem(channels, conv=conv, norm=norm, rng=rng)
 
 
 def _shortcut(in_channels: int, out_channels: int, *, stride: int, conv, norm, rng):

@@ -106,7 +106,7 @@ class SqueezeNet(nnx.Module):
                 fire = Fire(channels[-1], squeeze, dilation=stage.dilation, conv=conv, rng=rng)
                 setattr(self, f"layer{k}_{i}", fire)
                 channels[-1] = fire.out_channels
-        self.stage3_channels, self.stage4_channels = channels[-2:]
+        self.auxiliary_channels, self.last_channels = channels[-2:]
 
     def __call__(self, x: Features, *, train: bool) -> BackboneFeatures:
         x = jax.nn.relu(self.conv1(x))

@@ -20,8 +20,9 @@ import numpy as np
 from flax import nnx
 
 from pspnet_jax.config import default_config
+from pspnet_jax.models.families import ModelOptions
 from pspnet_jax.models.layers import NoRandomNumbers
-from pspnet_jax.models.pspnet import ModelOptions, PSPNet
+from pspnet_jax.models.pspnet import PSPNet
 from pspnet_jax.train_step import split_model
 
 if TYPE_CHECKING:

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pspnet_jax.config import default_config
-from pspnet_jax.models.pspnet import ModelOptions, PSPNet
+from pspnet_jax.models.families import ModelOptions
+from pspnet_jax.models.pspnet import PSPNet
 from pspnet_jax.train_step import split_model
 
 if TYPE_CHECKING:

@@ -86,7 +86,7 @@ def run(
 
 def _write_safetensors(stored: StoredModel, target: Path) -> None:
     options = stored.description.model
-    table = names.TABLES[options.family](options.pyramid_bins)
+    table = tables.of_network(options.family, options.pyramid_bins, stem=options.stem)
     arrays = flatten(stored.part["params"]) | flatten(stored.part["batch_stats"])
     published = names.publish(
         {path: np.asarray(array) for path, array in arrays.items()}, table, steps=stored.step
@@ -95,7 +95,7 @@ def _write_safetensors(stored: StoredModel, target: Path) -> None:
         "format": "pt",
         "family": options.family,
         "backbone": options.backbone,
-        "pyramid_bins": json.dumps(options.pyramid_bins),  # the names only number the levels
+        OPTIONS: json.dumps({name: getattr(options, name) for name in UNTOLD_OPTIONS}),
     }
     safetensors.write(target, published, metadata)
     log.info(

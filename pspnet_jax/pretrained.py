@@ -5,6 +5,7 @@
 * `start_from` says what was loaded, re-initialized and left out; what no rule excuses is an error.
 """
 
+import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,22 +15,25 @@ import numpy as np
 from pspnet_jax.catalog import LabelSet
 from pspnet_jax.checkpoint import Tree, flatten, unflatten
 from pspnet_jax.segmenter import read_checkpoint
-from pspnet_jax.weights import names, pytorch, safetensors
+from pspnet_jax.weights import caffe, names, pytorch, safetensors, tables
 from pspnet_jax.weights.fit import CLASSIFIER, HEADS, fit
-from pspnet_jax.weights.names import BACKBONE, MisfitError, Weights
+from pspnet_jax.weights.names import MisfitError, Weights
 from pspnet_jax.weights.pytorch import WeightsFileError
-
-# How the keys begin that only one family has.
-_BEGINNINGS = {"semseg": ("layer0.", "ppm.", "cls."), "lextal": ("feats.", "psp.", "up_")}
 
 FORMAT = "pspnet_jax"
 """In the metadata of safetensors files that hold our own paths and layout."""
+
+OPTIONS = "options"
+"""In the metadata of published files: options that neither names nor shapes tell, as JSON."""
 
 log = logging.getLogger("pspnet_jax")
 
 
 def read_file(path: Path | str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Arrays of a PyTorch or safetensors file by name, and its metadata; without 'module.' before all names.
+    """Arrays of a PyTorch, safetensors or Caffe file by name, and its metadata; without 'module.' before all
+    names.
+
+    Of a Caffe file the metadata are what its strides say, in the form that `export` writes.
 
     Raises:
         FileNotFoundError: where there is no such file.
@@ -41,13 +45,25 @@ def read_file(path: Path | str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         raise WeightsFileError(f"{path} is a folder; a file of weights is wanted")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
-    arrays, metadata = (
-        safetensors.read(path) if safetensors.is_safetensors(path) else (pytorch.read(path), {})
-    )
+    if safetensors.is_safetensors(path):
+        arrays, metadata = safetensors.read(path)
+    elif caffe.is_caffemodel(path):
+        arrays, strides = caffe.read(path)
+        metadata = _said_by(strides)
+    else:
+        arrays, metadata = pytorch.read(path), {}
     try:
         return names.without_prefix(arrays), metadata
     except MisfitError as error:
         raise MisfitError(f"{path}: {error}") from None
+
+
+def _said_by(strides: Mapping[str, tuple[int, int]]) -> dict[str, str]:
+    """Which convolution of a bottleneck has its stride, where the file says it."""
+    for layer, where in (("conv3_1_1x1_reduce", "1x1"), ("conv3_1_3x3", "3x3")):
+        if strides.get(layer) == (2, 2):
+            return {OPTIONS: json.dumps({"bottleneck_stride": where})}
+    return {}
 
 
 def recognize(keys: Iterable[str], *, where: str) -> str | None:
@@ -56,16 +72,11 @@ def recognize(keys: Iterable[str], *, where: str) -> str | None:
     Raises:
         WeightsFileError: where they are nobody's, with some of the names.
     """
-    keys = list(keys)
-    for family, beginnings in _BEGINNINGS.items():
-        if any(key.startswith(beginnings) for key in keys):
-            return family
-    if any(key.startswith("layer1.") for key in keys):
-        return None
-    raise WeightsFileError(
-        f"{where} holds names of no network that is known here: "
-        f"{', '.join(map(names.printable, keys[:5]))}, ..."
-    )
+    try:
+        return tables.recognize(keys)
+    except MisfitError as some:
+        message = f"{where} holds names of no network that is known here: {some}, ..."
+        raise WeightsFileError(message) from None
 
 
 def read_weights(path: Path | str, *, bins: Sequence[int]) -> tuple[Weights, LabelSet | None]:
@@ -88,8 +99,7 @@ def read_weights(path: Path | str, *, bins: Sequence[int]) -> tuple[Weights, Lab
     if metadata.get("format") == FORMAT:
         return _ours(arrays), None
     family = recognize(arrays, where=str(path))
-    table = BACKBONE if family is None else names.TABLES[family](bins)
-    return names.rename(arrays, table), None
+    return names.rename(arrays, tables.of_file(family, bins, arrays)), None
 
 
 def start_from(

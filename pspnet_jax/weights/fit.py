@@ -22,6 +22,7 @@ CLASSIFIER = r"(head|aux_head|presence_head)\.classifier\.(kernel|bias)"
 HEADS = r"(pyramid|head|aux_head|presence_head)\..*"
 
 _DEEP_STEM = re.compile(r"backbone\.stem\.\w+[23]\.")
+_STEM_AND_PLANES = ("stem.conv1", "layer1_0.conv1")
 _BLOCK = re.compile(r"backbone\.layer(\d+)_(\d+)\.(\w+)")
 _NUM_SHOWN = 12  # of each kind of fault
 
@@ -86,16 +87,20 @@ def fit(
     faults.unknown += [weights.keys[path] for path in weights.arrays if path not in used]
     faults.unknown += [key for key, mean in weights.counters.items() if mean not in used]
     if faults != _Faults():
-        causes = [*_causes_in_backbone(weights.arrays, wanted)] or [*_causes(faults)]
+        shapes = {path: array.shape for path, array in weights.arrays.items()}
+        causes = [*_causes_in_backbone(shapes, wanted)] or [*_causes(faults)]
         lines = [*_lines(faults), *(f"likely cause: {cause}" for cause in causes)]
         raise MisfitError("\n  ".join([f"{where} does not fit:", *lines]))
     unused = [weights.keys[path] for path in reinitialized if path in weights.keys]
     return Fit(loaded, tuple(reinitialized), (*weights.left_out, *unused))
 
 
-def stem_of(paths: Iterable[str]) -> str:
-    """'deep' or '7x7', by the paths of a residual network; one of the deep stem's is enough."""
-    return "deep" if any(map(_DEEP_STEM.match, paths)) else "7x7"
+def stem_of(shapes: Mapping[str, Shape]) -> str:
+    """'deep', 'v1c' or '7x7', by the shapes of a residual network; one path of a deep stem's is enough."""
+    if not any(map(_DEEP_STEM.match, shapes)):
+        return "7x7"
+    first, planes = (shapes.get(f"backbone.{name}.kernel", (0,)) for name in _STEM_AND_PLANES)
+    return "v1c" if 2 * first[-1] == planes[-1] > 0 else "deep"
 
 
 def _float32(array: np.ndarray) -> Float32[np.ndarray, "..."]:
@@ -133,7 +138,9 @@ def _lines(faults: _Faults) -> list[str]:
     return lines
 
 
-def _causes_in_backbone(have: Iterable[str], want: Iterable[str]) -> Iterable[str]:
+def _causes_in_backbone(
+    have: Mapping[str, Shape], want: Mapping[str, Shape]
+) -> Iterable[str]:
     """Differences of kind between two residual networks; one of them explains a hundred keys."""
     (blocks, convs), (wanted_blocks, wanted_convs) = _blocks(have), _blocks(want)
     if (
@@ -148,7 +155,7 @@ def _causes_in_backbone(have: Iterable[str], want: Iterable[str]) -> Iterable[st
     if stem != wanted_stem:
         yield (
             f"the file's stem is {stem}, the network's {wanted_stem}: torchvision's ResNets have 7x7, the "
-            f"authors' ImageNet files deep (--config.model.stem={stem})"
+            f"authors' ImageNet files deep, ResNetV1c v1c (--config.model.stem={stem})"
         )
 
 

@@ -1,23 +1,23 @@
-"""Names of published weights and our own: one table per family, read in both directions.
+"""Names of published weights and our own: how a table of them (`tables`) is read, in both directions.
 
-* A row pairs a module's name in a published file with its path here; numbers in braces are carried over.
+* A row pairs a module's name in a published file with its path here; numbers in braces are carried over, in
+  `{block+1}` counted from 1 in the file.
 * Every key of a file belongs to exactly one row, or to the patterns that are left out on purpose; what no
   row knows is kept by name, for `fit` to refuse.
 * Values are not touched; convolution kernels change from [out, in, height, width] to
-  [height, width, in, out].
-
-Keys: hszhao/semseg's PSPNet and its ImageNet files with the deep stem; torchvision's ResNets;
-Lextal/pspnet-pytorch's PSPNet on a ResNet.
+  [height, width, in, out], and from channels BGR to RGB where a row says so.
 """
 
 import functools
+import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 CONV, NORM, LINEAR, PRELU = "conv", "norm", "linear", "prelu"
+BLOB_CONV, BGR_CONV, BLOB_NORM = "Caffe's conv", "Caffe's conv of BGR", "Caffe's norm"
 _LEAVES = {
     CONV: {"weight": "kernel", "bias": "bias"},
     LINEAR: {"weight": "kernel", "bias": "bias"},
@@ -28,11 +28,16 @@ _LEAVES = {
         "running_mean": "mean",
         "running_var": "variance",
     },
+    BLOB_CONV: {"0": "kernel", "1": "bias"},
+    BGR_CONV: {"0": "kernel"},
+    BLOB_NORM: {"0": "scale", "1": "bias", "2": "mean", "3": "variance"},
 }
 # Axes of our kernels in PyTorch's.
-_AXES = {CONV: (2, 3, 1, 0), LINEAR: (1, 0)}
+_AXES = dict.fromkeys((CONV, BLOB_CONV, BGR_CONV), (2, 3, 1, 0)) | {LINEAR: (1, 0)}
 COUNTER = "num_batches_tracked"
 """Steps that PyTorch's norms counted. Nothing reads them at a fixed momentum; old files lack them."""
+
+_BRACES = re.compile(r"\{(\w+)(\+\d+)?\}")
 
 _PREFIXES = ("module.", "_orig_mod.")
 """What PyTorch's DataParallel and compile put before every key."""
@@ -69,9 +74,9 @@ class Table:
         module, _, leaf = key.rpartition(".")
         found = []
         for row in self.rows:
-            match = _pattern(row.theirs).fullmatch(module)
-            if match and leaf in _LEAVES[row.kind]:
-                path = f"{row.ours.format(**match.groupdict())}.{_LEAVES[row.kind][leaf]}"
+            numbers = _numbers(row.theirs, module)
+            if numbers is not None and leaf in _LEAVES[row.kind]:
+                path = f"{_filled(row.ours, numbers)}.{_LEAVES[row.kind][leaf]}"
                 found.append((path, row.kind))
         if len(found) > 1:
             raise MisfitError(f"{key} belongs to {len(found)} rows of the table '{self.source}'")
@@ -86,94 +91,35 @@ class Table:
         module, _, leaf = path.rpartition(".")
         found = []
         for row in self.rows:
-            match = _pattern(row.ours).fullmatch(module)
+            numbers = _numbers(row.ours, module)
             leaves = {ours: theirs for theirs, ours in _LEAVES[row.kind].items()}
-            if match and leaf in leaves:
-                found.append((f"{row.theirs.format(**match.groupdict())}.{leaves[leaf]}", row.kind))
+            if numbers is not None and leaf in leaves:
+                found.append((f"{_filled(row.theirs, numbers)}.{leaves[leaf]}", row.kind))
         if len(found) != 1:
             raise MisfitError(f"{path} has {len(found)} names in the table '{self.source}'")
         return found[0]
 
 
+def _numbers(template: str, module: str) -> dict[str, int] | None:
+    """The numbers that a template has braces for, as we count them; None for the name of another module."""
+    match = _pattern(template).fullmatch(module)
+    if match is None:
+        return None
+    offsets = dict(_BRACES.findall(template))
+    return {name: int(text) - int(offsets[name] or 0) for name, text in match.groupdict().items()}
+
+
+def _filled(template: str, numbers: Mapping[str, int]) -> str:
+    return _BRACES.sub(lambda brace: str(numbers[brace[1]] + int(brace[2] or 0)), template)
+
+
 @functools.cache
 def _pattern(template: str) -> re.Pattern:
     """'layer{stage}.{block}' as a pattern whose groups are the numbers in braces."""
-    parts = re.split(r"\{(\w+)\}", template)
-    parts[::2] = map(re.escape, parts[::2])
-    parts[1::2] = (rf"(?P<{name}>\d+)" for name in parts[1::2])
-    return re.compile("".join(parts))
-
-
-_BLOCKS = (
-    Row("layer{stage}.{block}.conv{n}", "backbone.layer{stage}_{block}.conv{n}", CONV),
-    Row("layer{stage}.{block}.bn{n}", "backbone.layer{stage}_{block}.norm{n}", NORM),
-    Row("layer{stage}.{block}.downsample.0", "backbone.layer{stage}_{block}.shortcut.conv", CONV),
-    Row("layer{stage}.{block}.downsample.1", "backbone.layer{stage}_{block}.shortcut.norm", NORM),
-)
-
-BACKBONE = Table(
-    source="a ResNet with torchvision's names (the authors' have three convolutions in the stem)",
-    rows=(
-        Row("conv{n}", "backbone.stem.conv{n}", CONV),
-        Row("bn{n}", "backbone.stem.norm{n}", NORM),
-        *_BLOCKS,
-    ),
-    left_out=(r"fc\.(weight|bias)",),  # the classifier of ImageNet
-)
-
-
-def _semseg(bins: Sequence[int]) -> Table:
-    stem = [
-        row
-        for n in (1, 2, 3)
-        for row in (
-            Row(f"layer0.{3 * n - 3}", f"backbone.stem.conv{n}", CONV),
-            Row(f"layer0.{3 * n - 2}", f"backbone.stem.norm{n}", NORM),
-        )
-    ]
-    levels = [
-        row
-        for i, size in enumerate(bins)
-        for row in (
-            Row(f"ppm.features.{i}.1", f"pyramid.level{size}.conv", CONV),
-            Row(f"ppm.features.{i}.2", f"pyramid.level{size}.norm", NORM),
-        )
-    ]
-    heads = [
-        row
-        for theirs, ours in (("cls", "head"), ("aux", "aux_head"))
-        for row in (
-            Row(f"{theirs}.0", f"{ours}.conv", CONV),
-            Row(f"{theirs}.1", f"{ours}.norm", NORM),
-            Row(f"{theirs}.4", f"{ours}.classifier", CONV),
-        )
-    ]
-    return Table("hszhao/semseg's PSPNet", (*stem, *_BLOCKS, *levels, *heads))
-
-
-def _lextal(bins: Sequence[int]) -> Table:
-    backbone = (
-        Row("feats.conv1", "backbone.stem.conv1", CONV),
-        Row("feats.bn1", "backbone.stem.norm1", NORM),
-        *(Row(f"feats.{row.theirs}", row.ours, row.kind) for row in _BLOCKS),
-    )
-    levels = (
-        Row(f"psp.stages.{i}.1", f"pyramid.level{size}.conv", CONV) for i, size in enumerate(bins)
-    )
-    heads = (
-        Row("psp.bottleneck", "head.fuse", CONV),
-        Row("up_{n}.conv.0", "head.up{n}.conv", CONV),
-        Row("up_{n}.conv.1", "head.up{n}.norm", NORM),
-        Row("up_{n}.conv.2", "head.up{n}.activation", PRELU),
-        Row("final.0", "head.classifier", CONV),
-        Row("classifier.0", "presence_head.hidden", LINEAR),
-        Row("classifier.2", "presence_head.classifier", LINEAR),
-    )
-    return Table("Lextal/pspnet-pytorch's PSPNet on a ResNet", (*backbone, *levels, *heads))
-
-
-TABLES: dict[str, Callable[[Sequence[int]], Table]] = {"semseg": _semseg, "lextal": _lextal}
-"""Family -> its table, given the bins of the pyramid (files number the levels)."""
+    parts = _BRACES.split(template)
+    names = (rf"(?P<{name}>\d+)" for name in parts[1::3])
+    plain = map(re.escape, parts[::3])
+    return re.compile("".join(itertools.chain(*itertools.zip_longest(plain, names, fillvalue=""))))
 
 
 @dataclass(frozen=True)
@@ -191,6 +137,14 @@ class Weights:
     """Key of a norm's counter -> path of its mean."""
     table: Table | None = None
     """That gave the paths; None where the file has our own."""
+
+    def without(self, pattern: str) -> "Weights":
+        """Leaves out the paths that a pattern matches, and the counters of their norms."""
+        paths = {path for path in self.arrays if re.fullmatch(pattern, path)}
+        kept = {path: array for path, array in self.arrays.items() if path not in paths}
+        counters = {key: mean for key, mean in self.counters.items() if mean not in paths}
+        left_out = (*self.left_out, *(self.keys[path] for path in paths))
+        return replace(self, arrays=kept, counters=counters, left_out=left_out)
 
     def key_of(self, path: str) -> str:
         """How the file calls a path, or would."""
@@ -226,10 +180,22 @@ def rename(source: Mapping[str, np.ndarray], table: Table) -> Weights:
             counters[key] = found[0]
         else:
             path, kind = found
-            axes = _AXES.get(kind, ()) if path.endswith("kernel") else ()
-            arrays[path] = array.transpose(axes) if axes and array.ndim == len(axes) else array
+            arrays[path] = _to_our_layout(array, kind) if path.endswith("kernel") else array
             keys[path] = key
     return Weights(arrays, keys, tuple(unknown), tuple(left_out), counters, table)
+
+
+def _to_our_layout(kernel: np.ndarray, kind: str) -> np.ndarray:
+    axes = _AXES.get(kind, ())
+    if kernel.ndim != len(axes):  # `fit` will name it
+        return kernel
+    kernel = kernel.transpose(axes)
+    return kernel[:, :, ::-1] if kind == BGR_CONV else kernel
+
+
+def _to_their_layout(kernel: np.ndarray, kind: str) -> np.ndarray:
+    kernel = kernel[:, :, ::-1] if kind == BGR_CONV else kernel
+    return kernel.transpose(np.argsort(_AXES[kind]))
 
 
 def without_prefix(source: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -264,8 +230,7 @@ def publish(arrays: Mapping[str, np.ndarray], table: Table, *, steps: int) -> di
     published = {}
     for path, array in arrays.items():
         key, kind = table.to_theirs(path)
-        axes = _AXES.get(kind, ()) if path.endswith("kernel") else ()
-        published[key] = array.transpose(np.argsort(axes)) if axes else array
+        published[key] = _to_their_layout(array, kind) if path.endswith("kernel") else array
         if kind == NORM and path.endswith("mean"):
             published[f"{key.rpartition('.')[0]}.{COUNTER}"] = np.array(steps, np.int64)
     return published

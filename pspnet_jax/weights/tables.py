@@ -1,0 +1,237 @@
+"""The names of published weights, one table for each kind of file.
+
+Keys of the PSPNets of hszhao/semseg, of hszhao/PSPNet (Caffe), open-mmlab/mmsegmentation,
+qubvel-org/segmentation_models.pytorch, CSAILVision/semantic-segmentation-pytorch and, on a ResNet,
+Lextal/pspnet-pytorch; of torchvision's ResNets and those with a deep stem.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from pspnet_jax.weights.names import (
+    BGR_CONV,
+    BLOB_CONV,
+    BLOB_NORM,
+    CONV,
+    LINEAR,
+    NORM,
+    PRELU,
+    MisfitError,
+    Row,
+    Table,
+    printable,
+)
+
+
+def _with_norm(conv: str, norm: str, ours: str, number: object = "") -> tuple[Row, Row]:
+    """A convolution and the norm behind it."""
+    return Row(conv, f"{ours}.conv{number}", CONV), Row(norm, f"{ours}.norm{number}", NORM)
+
+
+_BLOCKS = (
+    *_with_norm(
+        "layer{stage}.{block}.conv{n}",
+        "layer{stage}.{block}.bn{n}",
+        "backbone.layer{stage}_{block}",
+        "{n}",
+    ),
+    *_with_norm(
+        "layer{stage}.{block}.downsample.0",
+        "layer{stage}.{block}.downsample.1",
+        "backbone.layer{stage}_{block}.shortcut",
+    ),
+)
+_STEM = _with_norm("conv{n}", "bn{n}", "backbone.stem", "{n}")
+_CLASSIFIER = r"fc\.(weight|bias)"
+"""Of ImageNet."""
+
+
+def _sequence(module: str) -> tuple[Row, ...]:
+    """A deep stem whose convolutions, norms and ReLUs are numbered through."""
+    return tuple(
+        row
+        for n in (1, 2, 3)
+        for row in _with_norm(f"{module}.{3 * n - 3}", f"{module}.{3 * n - 2}", "backbone.stem", n)
+    )
+
+
+def _below(module: str, rows: Iterable[Row]) -> tuple[Row, ...]:
+    return tuple(Row(f"{module}.{row.theirs}", row.ours, row.kind) for row in rows)
+
+
+BACKBONE = Table(
+    source="a ResNet with torchvision's names (deep stems have three convolutions, or are called stem)",
+    rows=(*_STEM, *_sequence("stem"), *_BLOCKS),
+    left_out=(_CLASSIFIER,),
+)
+
+
+def _semseg(bins: Sequence[int]) -> Table:
+    levels = (
+        row
+        for i, size in enumerate(bins)
+        for row in _with_norm(f"ppm.features.{i}.1", f"ppm.features.{i}.2", f"pyramid.level{size}")
+    )
+    heads = (
+        row
+        for theirs, ours in (("cls", "head"), ("aux", "aux_head"))
+        for row in (
+            *_with_norm(f"{theirs}.0", f"{theirs}.1", ours),
+            Row(f"{theirs}.4", f"{ours}.classifier", CONV),
+        )
+    )
+    return Table("hszhao/semseg's PSPNet", (*_sequence("layer0"), *_BLOCKS, *levels, *heads))
+
+
+def _caffe(bins: Sequence[int]) -> Table:
+    # Names say the bins; what is meant by `bins` is their order in front of the head.
+    def pair(theirs: str, ours: str, number: object = "", kind: str = BLOB_CONV) -> list[Row]:
+        return [
+            Row(theirs, f"{ours}.conv{number}", kind),
+            Row(f"{theirs}/bn", f"{ours}.norm{number}", BLOB_NORM),
+        ]
+
+    theirs, ours = "conv{stage+1}_{block+1}", "backbone.layer{stage}_{block}"
+    rows = [
+        *pair("conv1_1_3x3_s2", "backbone.stem", 1, BGR_CONV),
+        *pair("conv1_2_3x3", "backbone.stem", 2),
+        *pair("conv1_3_3x3", "backbone.stem", 3),
+        *pair(f"{theirs}_1x1_reduce", ours, 1),
+        *pair(f"{theirs}_3x3", ours, 2),
+        *pair(f"{theirs}_1x1_increase", ours, 3),
+        *pair(f"{theirs}_1x1_proj", f"{ours}.shortcut"),
+        *(row for n in bins for row in pair(f"conv5_3_pool{n}_conv", f"pyramid.level{n}")),
+        *pair("conv5_4", "head"),
+        Row("conv6", "head.classifier", BLOB_CONV),
+    ]
+    return Table("hszhao/PSPNet's network of Caffe", tuple(rows))
+
+
+def _mmseg(bins: Sequence[int], *, stem: str = "v1c") -> Table:
+    levels = (
+        row
+        for i, size in enumerate(bins)
+        for row in _with_norm(
+            f"decode_head.psp_modules.{i}.1.conv",
+            f"decode_head.psp_modules.{i}.1.bn",
+            f"pyramid.level{size}",
+        )
+    )
+    heads = (
+        *_with_norm("decode_head.bottleneck.conv", "decode_head.bottleneck.bn", "head"),
+        Row("decode_head.conv_seg", "head.classifier", CONV),
+        *_with_norm("auxiliary_head.convs.0.conv", "auxiliary_head.convs.0.bn", "aux_head"),
+        Row("auxiliary_head.conv_seg", "aux_head.classifier", CONV),
+    )
+    rows = _STEM if stem == "7x7" else _sequence("stem")
+    backbone = _below("backbone", (*rows, *_BLOCKS))
+    return Table("mmsegmentation's PSPNet", (*backbone, *levels, *heads))
+
+
+def _smp(bins: Sequence[int]) -> Table:
+    levels = (
+        row
+        for i, size in enumerate(bins)
+        for row in _with_norm(
+            f"decoder.psp.blocks.{i}.pool.1.0",
+            f"decoder.psp.blocks.{i}.pool.1.1",
+            f"pyramid.level{size}",
+        )
+    )
+    heads = (
+        *_with_norm("decoder.conv.0", "decoder.conv.1", "head"),
+        Row("segmentation_head.0", "head.classifier", CONV),
+    )
+    return Table(
+        "segmentation_models_pytorch's PSPNet",
+        (*_below("encoder", (*_STEM, *_BLOCKS)), *levels, *heads),
+        left_out=(r"classification_head\..*",),
+    )
+
+
+def _csail(bins: Sequence[int]) -> Table:
+    levels = (
+        row
+        for i, size in enumerate(bins)
+        for row in _with_norm(f"ppm.{i}.1", f"ppm.{i}.2", f"pyramid.level{size}")
+    )
+    heads = (
+        *_with_norm("conv_last.0", "conv_last.1", "head"),
+        Row("conv_last.4", "head.classifier", CONV),
+        *_with_norm("cbr_deepsup.0", "cbr_deepsup.1", "aux_head"),
+        Row("conv_last_deepsup", "aux_head.classifier", CONV),
+    )
+    return Table(
+        "CSAILVision's encoder and PPM decoder",
+        (*_STEM, *_BLOCKS, *levels, *heads),
+        left_out=(_CLASSIFIER, r".*\.(_tmp_running_mean|_tmp_running_var|_running_iter)"),
+    )
+
+
+def _lextal(bins: Sequence[int]) -> Table:
+    levels = (
+        Row(f"psp.stages.{i}.1", f"pyramid.level{size}.conv", CONV) for i, size in enumerate(bins)
+    )
+    heads = (
+        Row("psp.bottleneck", "head.fuse", CONV),
+        *_with_norm("up_{n}.conv.0", "up_{n}.conv.1", "head.up{n}"),
+        Row("up_{n}.conv.2", "head.up{n}.activation", PRELU),
+        Row("final.0", "head.classifier", CONV),
+        Row("classifier.0", "presence_head.hidden", LINEAR),
+        Row("classifier.2", "presence_head.classifier", LINEAR),
+    )
+    backbone = _below("feats", (*_STEM, *_BLOCKS))
+    return Table("Lextal/pspnet-pytorch's PSPNet on a ResNet", (*backbone, *levels, *heads))
+
+
+# Family -> its table, given the bins of the pyramid: files number the levels.
+_TABLES: dict[str, Callable[[Sequence[int]], Table]] = {
+    "semseg": _semseg,
+    "caffe": _caffe,
+    "mmseg": _mmseg,
+    "smp": _smp,
+    "csail": _csail,
+    "lextal": _lextal,
+}
+FAMILIES = tuple(_TABLES)
+# How keys begin that no family further up has.
+_BEGINNINGS = {
+    "semseg": ("layer0.", "ppm.features.", "cls."),
+    "caffe": ("conv1_1_3x3_s2", "conv5_3_pool", "conv5_4", "conv6."),
+    "mmseg": ("decode_head.", "auxiliary_head.", "backbone."),
+    "smp": ("encoder.", "decoder.", "segmentation_head."),
+    "csail": ("ppm.", "conv_last", "cbr_deepsup."),
+    "lextal": ("feats.", "psp.", "up_"),
+}
+
+
+def of_network(family: str, bins: Sequence[int], *, stem: str) -> Table:
+    """The table of a family.
+
+    Args:
+        bins: of the pyramid.
+        stem: of the backbone; mmsegmentation names that of 7x7 otherwise.
+    """
+    return _mmseg(bins, stem=stem) if family == "mmseg" else _TABLES[family](bins)
+
+
+def of_file(family: str | None, bins: Sequence[int], keys: Iterable[str]) -> Table:
+    """The table for the keys of a file, of a family or (None) of a backbone."""
+    if family is None:
+        return BACKBONE
+    is_7x7 = any(key.startswith("backbone.conv1.") for key in keys)
+    return of_network(family, bins, stem="7x7" if is_7x7 else "v1c")
+
+
+def recognize(keys: Iterable[str]) -> str | None:
+    """The family whose names these are.
+
+    Raises:
+        MisfitError: where they are no known network's.
+    """
+    keys = list(keys)
+    for family, beginnings in _BEGINNINGS.items():
+        if any(key.startswith(beginnings) for key in keys):
+            return family
+    if any(key.startswith("layer1.") for key in keys):
+        return None
+    raise MisfitError(", ".join(map(printable, keys[:5])))

@@ -59,6 +59,7 @@ def default_config() -> ConfigDict:
     model.stem = placeholder(str)  # deep (64, 64, 128 channels) | v1c (32, 32, 64) | 7x7
     model.num_stages = placeholder(int)  # of the backbone: 2 | 3 | 4, the last ones are left out
     model.output_stride = placeholder(int)  # image pixels per feature pixel: 8 | 16 | 32
+    model.fixed_dilation = placeholder(bool)  # that of stride 8 at any stride
     model.first_block_dilation = placeholder(tuple)  # of stages 3 and 4
     model.bottleneck_stride = placeholder(str)  # which of its convolutions has it: 3x3 | 1x1
     # convolutions of a basic block that are dilated: both | first | stage (both, the second always by

@@ -19,8 +19,10 @@ from pspnet_jax.models.layers import (
     DROPOUTS,
     HE_FAN_IN,
     HE_FAN_OUT,
+    HE_UNIFORM,
     SMALL_NORMAL,
     TORCH_DEFAULT,
+    XAVIER_UNIFORM,
     Initializer,
 )
 from pspnet_jax.models.pyramid import POOLS
@@ -28,7 +30,12 @@ from pspnet_jax.resample import Pair, Size
 
 BACKBONES = (*resnet.DEPTHS, *densenet.DEPTHS, *squeezenet.VERSIONS)
 # What a backbone that is no ResNet has once and for all.
-_FIXED = {"output_stride": 8, "num_stages": 4, "first_block_dilation": (1, 1)}
+_FIXED = {
+    "output_stride": 8,
+    "num_stages": 4,
+    "fixed_dilation": False,
+    "first_block_dilation": (1, 1),
+}
 FIXED_OPTIONS: dict[str, dict[str, Any]] = {
     **{name: {"stem": "7x7", **_FIXED} for name in densenet.DEPTHS},
     **{name: {"stem": "3x3", **_FIXED} for name in squeezenet.VERSIONS},
@@ -89,6 +96,7 @@ _SEMSEG = {
     "stem": "deep",
     "num_stages": 4,
     "output_stride": 8,
+    "fixed_dilation": False,
     "first_block_dilation": (2, 4),
     "bottleneck_stride": "3x3",
     "basic_block_dilation": "both",
@@ -153,6 +161,7 @@ FAMILIES = {
         options=_SEMSEG
         | {
             "stem": "v1c",
+            "fixed_dilation": True,
             "first_block_dilation": (1, 2),
             "basic_block_dilation": "first",
             "align_corners": False,
@@ -239,8 +248,8 @@ INITIALIZERS = {
     "semseg": Initializers(HE_FAN_OUT, TORCH_DEFAULT, TORCH_DEFAULT),
     "caffe": Initializers(HE_FAN_IN, HE_FAN_IN, HE_FAN_IN),
     "mmseg": Initializers(HE_FAN_OUT, HE_FAN_OUT, SMALL_NORMAL),
-    "smp": Initializers(HE_FAN_OUT, HE_FAN_OUT, TORCH_DEFAULT),
-    "csail": Initializers(HE_FAN_OUT, HE_FAN_IN, HE_FAN_IN),
+    "smp": Initializers(HE_FAN_OUT, HE_UNIFORM, XAVIER_UNIFORM),
+    "csail": Initializers(HE_FAN_OUT, HE_FAN_IN, Initializer(HE_FAN_IN.kernel, TORCH_DEFAULT.bias)),
 }
 
 
@@ -254,6 +263,7 @@ class ModelOptions:
     stem: str
     num_stages: int
     output_stride: int
+    fixed_dilation: bool
     first_block_dilation: tuple[int, int]
     bottleneck_stride: str
     basic_block_dilation: str

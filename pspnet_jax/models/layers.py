@@ -58,10 +58,7 @@ def _zeros(rng: RandomNumbers, shape: tuple[int, ...]) -> np.ndarray:
     return np.zeros(shape[-1], np.float32)
 
 
-def _uniform_fan_in(
-    rng: RandomNumbers, shape: tuple[int, ...], size: tuple[int, ...]
-) -> np.ndarray:
-    bound = math.prod(shape[:-1]) ** -0.5
+def _uniform(rng: RandomNumbers, size: tuple[int, ...], bound: float) -> np.ndarray:
     return rng.uniform(-bound, bound, size).astype(np.float32)
 
 
@@ -76,12 +73,25 @@ HE_FAN_IN = Initializer(
 )
 """Normal with variance 2 / fan_in (He et al. 2015): Caffe's msra."""
 
+HE_UNIFORM = Initializer(
+    kernel=lambda rng, shape: _uniform(rng, shape, (6 / math.prod(shape[:-1])) ** 0.5), bias=_zeros
+)
+"""Uniform with variance 2 / fan_in (He et al. 2015): the decoder of segmentation_models_pytorch."""
+
+XAVIER_UNIFORM = Initializer(
+    kernel=lambda rng, shape: _uniform(
+        rng, shape, (6 / (math.prod(shape[:-2]) * sum(shape[-2:]))) ** 0.5
+    ),
+    bias=_zeros,
+)
+"""Uniform with variance 2 / (fan_in + fan_out) (Glorot and Bengio 2010): its classifier."""
+
 SMALL_NORMAL = Initializer(kernel=lambda rng, shape: _normal(rng, shape, 0.01), bias=_zeros)
 """Normal with a standard deviation of 0.01: mmsegmentation's classifiers."""
 
 TORCH_DEFAULT = Initializer(
-    kernel=lambda rng, shape: _uniform_fan_in(rng, shape, shape),
-    bias=lambda rng, shape: _uniform_fan_in(rng, shape, shape[-1:]),
+    kernel=lambda rng, shape: _uniform(rng, shape, math.prod(shape[:-1]) ** -0.5),
+    bias=lambda rng, shape: _uniform(rng, shape[-1:], math.prod(shape[:-1]) ** -0.5),
 )
 """Uniform within 1 / sqrt(fan_in), kernel and bias: what PyTorch gives a layer unasked."""
 

@@ -168,6 +168,7 @@ def _make_backbone(
         stem=options.stem,
         num_stages=options.num_stages,
         output_stride=options.output_stride,
+        fixed_dilation=options.fixed_dilation,
         first_block_dilation=options.first_block_dilation,
         style=resnet.BlockStyle(options.bottleneck_stride, options.basic_block_dilation),
     )

@@ -210,6 +210,7 @@ class ResNet(nnx.Module):
         stem: a key of `STEMS`.
         num_stages: 2, 3 or 4; fewer leave the last ones out.
         output_stride: 8, 16 or 32 image pixels per feature pixel.
+        fixed_dilation: the stages dilate as at stride 8, whatever the stride.
         first_block_dilation: dilation of the first block of stages 3 and 4.
         style: of the blocks.
         frozen_norm: batch norm uses its running statistics in training.
@@ -225,6 +226,7 @@ class ResNet(nnx.Module):
         stem: str,
         num_stages: int = 4,
         output_stride: int,
+        fixed_dilation: bool = False,
         first_block_dilation: tuple[int, int],
         style: BlockStyle = PLAIN_STYLE,
         frozen_norm: bool,
@@ -241,7 +243,10 @@ class ResNet(nnx.Module):
         self.stem = _make_stem(stem, width, conv=conv, norm=norm, rng=rng)
         self.num_blocks, self.remat = num_blocks[:num_stages], remat
         channels = self.stem.out_channels
-        stages = stage_strides(output_stride)[:num_stages]
+        strides, dilations = zip(*stage_strides(output_stride), strict=True)
+        if fixed_dilation:
+            _, dilations = zip(*stage_strides(8), strict=True)
+        stages = zip(strides[:num_stages], dilations[:num_stages], strict=True)
         for stage, (stride, dilation) in enumerate(stages, start=1):
             planes = width * 2 ** (stage - 1)
             first = min(first_block_dilation[stage - 3], dilation) if stage > 2 else 1

@@ -138,9 +138,7 @@ def _lines(faults: _Faults) -> list[str]:
     return lines
 
 
-def _causes_in_backbone(
-    have: Mapping[str, Shape], want: Mapping[str, Shape]
-) -> Iterable[str]:
+def _causes_in_backbone(have: Mapping[str, Shape], want: Mapping[str, Shape]) -> Iterable[str]:
     """Differences of kind between two residual networks; one of them explains a hundred keys."""
     (blocks, convs), (wanted_blocks, wanted_convs) = _blocks(have), _blocks(want)
     if (

@@ -83,22 +83,31 @@ def _semseg(bins: Sequence[int]) -> Table:
 
 
 def _caffe(bins: Sequence[int]) -> Table:
-    # Names say the bins; what is meant by `bins` is their order in front of the head.
-    def pair(theirs: str, ours: str, number: object = "", kind: str = BLOB_CONV) -> list[Row]:
+    def pair(theirs: str, ours: str, layer: str = "conv", kind: str = BLOB_CONV) -> list[Row]:
+        norm = layer.replace("conv", "norm")
         return [
-            Row(theirs, f"{ours}.conv{number}", kind),
-            Row(f"{theirs}/bn", f"{ours}.norm{number}", BLOB_NORM),
+            Row(theirs, f"{ours}.{layer}", kind),
+            Row(f"{theirs}/bn", f"{ours}.{norm}", BLOB_NORM),
         ]
 
-    theirs, ours = "conv{stage+1}_{block+1}", "backbone.layer{stage}_{block}"
+    blocks = [
+        row
+        for stage in (1, 2, 3, 4)
+        for theirs, layer in (
+            ("1x1_reduce", "conv1"),
+            ("3x3", "conv2"),
+            ("1x1_increase", "conv3"),
+            ("1x1_proj", "shortcut.conv"),
+        )
+        for row in pair(
+            f"conv{stage + 1}_{{block+1}}_{theirs}", f"backbone.layer{stage}_{{block}}", layer
+        )
+    ]
     rows = [
-        *pair("conv1_1_3x3_s2", "backbone.stem", 1, BGR_CONV),
-        *pair("conv1_2_3x3", "backbone.stem", 2),
-        *pair("conv1_3_3x3", "backbone.stem", 3),
-        *pair(f"{theirs}_1x1_reduce", ours, 1),
-        *pair(f"{theirs}_3x3", ours, 2),
-        *pair(f"{theirs}_1x1_increase", ours, 3),
-        *pair(f"{theirs}_1x1_proj", f"{ours}.shortcut"),
+        *pair("conv1_1_3x3_s2", "backbone.stem", "conv1", BGR_CONV),
+        *pair("conv1_2_3x3", "backbone.stem", "conv2"),
+        *pair("conv1_3_3x3", "backbone.stem", "conv3"),
+        *blocks,
         *(row for n in bins for row in pair(f"conv5_3_pool{n}_conv", f"pyramid.level{n}")),
         *pair("conv5_4", "head"),
         Row("conv6", "head.classifier", BLOB_CONV),

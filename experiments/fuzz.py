@@ -140,6 +140,18 @@ def pytorch_file(content: bytes, rng: random.Random, folder: Path) -> object:
     return {name: np.array(array) for name, array in pytorch.read(path).items()}
 
 
+def caffe_file(content: bytes, rng: random.Random, folder: Path) -> object:
+    """A mutated .caffemodel, all of its arrays read."""
+    from pspnet_jax.weights import caffe
+
+    path = folder / "weights.caffemodel"
+    path.write_bytes(content)
+    caffe.is_caffemodel(path)
+    arrays, strides = caffe.read(path)
+    assert all(stride > 0 for pair in strides.values() for stride in pair)
+    return {name: np.array(array) for name, array in arrays.items()}
+
+
 def safetensors_file(content: bytes, rng: random.Random, folder: Path) -> object:
     """A mutated file."""
     from pspnet_jax.weights import safetensors
@@ -237,6 +249,7 @@ def seeds() -> dict[str, tuple[Target, list[bytes]]]:
             pytorch_file,
             [path.read_bytes() for path in sorted(GOLDENS.glob("pytorch_*.pth"))],
         ),
+        "Caffe files": (caffe_file, caffe_files(numbers.random((2, 3, 2, 2), np.float32))),
         "safetensors files": (
             safetensors_file,
             [save({"a.kernel": mask, "b": mask[0].astype(np.float32)}, {"kind": "test"})],
@@ -244,6 +257,20 @@ def seeds() -> dict[str, tuple[Target, list[bytes]]]:
         "options": (overrides, [b""]),
         "evaluator": (evaluator, [b""]),
     }
+
+
+def caffe_files(kernel: np.ndarray) -> list[bytes]:
+    """A small .caffemodel, and one of the first generation: a convolution of two values and stride 2."""
+    from pspnet_jax.weights import caffe
+
+    norm = {f"conv/bn.{i}": kernel[0, 0, 0] for i in range(4)}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "seed.caffemodel"
+        caffe.write(path, {"conv.0": kernel, "conv.1": kernel[0, 0, 0], **norm}, {"conv": (2, 2)})
+        whole = path.read_bytes()
+    blob = b"\x08\x01\x10\x01\x18\x01\x20\x02\x2a\x08" + kernel[0, 0, 0].tobytes()
+    first = b"\x12\x1d\x22\x01a\x28\x04\x32\x12" + blob + b"\x52\x02\x30\x02"
+    return [whole, b"\x0a\x03net" + first]
 
 
 def named_errors() -> tuple[type[BaseException], ...]:

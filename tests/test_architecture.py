@@ -56,7 +56,7 @@ LAYERS = [
 ]
 # Within a folder, in the order of the flow.
 FOLDERS = {
-    "weights/": ["names", "fit", "pickles", "pytorch", "safetensors"],
+    "weights/": ["names", "fit", "pickles", "pytorch", "messages", "caffe", "safetensors"],
     "data/": [
         "layouts",
         "headers",

@@ -1,7 +1,7 @@
 """Conversion: published weights -> a model that evaluates, predicts and starts trainings here.
 
-* What the network is (depth, width, stem, reduction, classes) is read from the file's names and shapes;
-  only the pyramid's bins are not in it, the family's are taken unless others are given.
+* What the network is (depth, width, stem, stages, reduction, classes) is read from the file's names and
+  shapes; what they do not tell (`UNTOLD_OPTIONS`) is the family's unless other values are given.
 * With a label set: a run at step 0. Without: one safetensors file with a backbone, for `init_from`.
 """
 
@@ -12,8 +12,10 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from flax import nnx
 
 from pspnet_jax import protocols
@@ -25,13 +27,15 @@ from pspnet_jax.models.layers import NoRandomNumbers
 from pspnet_jax.models.pspnet import PSPNet
 from pspnet_jax.models.resnet import DEPTHS
 from pspnet_jax.passes import structure
-from pspnet_jax.pretrained import FORMAT, read_file, recognize
+from pspnet_jax.pretrained import FORMAT, OPTIONS, beyond, read_file, recognize
 from pspnet_jax.segmenter import Description, model_part
 from pspnet_jax.train_step import split_model
-from pspnet_jax.weights import names, safetensors
+from pspnet_jax.weights import names, safetensors, tables
 from pspnet_jax.weights.fit import Shape, fit, stem_of
-from pspnet_jax.weights.names import BACKBONE, MisfitError, Weights
+from pspnet_jax.weights.names import MisfitError, Weights
 
+_NUM_FILES = {"csail": 2}
+"""Family -> how many files it publishes, where these are not one."""
 _BLOCK = re.compile(r"backbone\.layer(\d+)_(\d+)\.(.+)")
 
 log = logging.getLogger("pspnet_jax")
@@ -43,16 +47,16 @@ def run(
     output: str,
     family: str = "semseg",
     labels: str | None = None,
-    pyramid_bins: tuple[int, ...] | None = None,
+    **told: Any,
 ) -> Path:
     """The verb `convert`.
 
     Args:
-        files: the published file.
+        files: the published file; of CSAIL's networks both, the encoder's and the decoder's.
         output: folder of the converted model, or of the backbone's file.
-        family: a key of `weights.names.TABLES`.
+        family: a key of `models.families.FAMILIES`.
         labels: label set of the classifier; None: the file is a backbone.
-        pyramid_bins: bins per axis of each level; None: the family's.
+        told: values of `UNTOLD_OPTIONS`; None or none: what the file says, else the family's.
 
     Returns:
         The folder or the file that was written.
@@ -61,39 +65,56 @@ def run(
         ValueError: for a file that cannot be read, or does not fit; nothing is written then.
         FileExistsError: where there is a model already.
     """
-    if family not in names.TABLES:
-        raise ValueError(f"family={family!r} is not one of {', '.join(names.TABLES)}")
-    if len(files) != 1:
+    if family not in FAMILIES:
+        raise ValueError(f"family={family!r} is not one of {', '.join(FAMILIES)}")
+    if not 0 < len(files) <= _NUM_FILES.get(family, 1):
+        count = "two files, encoder and decoder" if family in _NUM_FILES else "one file"
         raise ValueError(
-            f"family '{family}' is converted from one file, {len(files)} were given: "
-            f"{' '.join(files) or 'name it after the options'}"
+            f"family '{family}' is converted from {count}, {len(files)} were given: "
+            f"{' '.join(files) or 'name them after the options'}"
         )
-    arrays, metadata = read_file(files[0])
-    if metadata.get("format") == FORMAT:
-        raise ValueError(f"{files[0]} is converted already: use it with --config.init_from")
-    if pyramid_bins is None and "pyramid_bins" in metadata:  # a file that `export` wrote
-        pyramid_bins = tuple(json.loads(metadata["pyramid_bins"]))
-    found = recognize(arrays, where=files[0])
-    usual = FAMILIES[found or family].options["pyramid_bins"]
-    bins = usual if pyramid_bins is None else pyramid_bins
-    table = BACKBONE if found is None else names.TABLES[found](bins)
+    where = " and ".join(files)
+    arrays, known = _read_all(files)
+    known |= {name: value for name, value in told.items() if value is not None}
+    found = recognize(arrays, where=where)
     if found not in (None, family):
-        raise ValueError(f"{files[0]} is {table.source}: choose its --family={found}")
+        source = tables.of_file(found, (), arrays).source
+        raise ValueError(f"{where} is {source}: choose its --family={found}")
     if found is not None and labels is None:
         raise ValueError(
-            f"{files[0]} is a whole network ({table.source}): say which classes it has, "
-            "e.g. --labels=ade20k"
+            f"{where} is a whole network ({tables.of_file(found, (), arrays).source}): say which classes it "
+            "has, e.g. --labels=ade20k"
         )
-    if found is None and (labels, pyramid_bins) != (None, None):
+    if found is None and (labels is not None or known):
         raise ValueError(
-            f"{files[0]} is a backbone without heads, it has no classes and no pyramid: convert it "
-            "without --labels and --pyramid_bins, or start a training from it with --config.init_from"
+            f"{where} is a backbone without heads, it has no classes and no pyramid: "
+            + ("give the decoder's file too, or " if family in _NUM_FILES else "")
+            + "convert it without --labels and the options of a pyramid, or start a training from it with "
+            "--config.init_from"
         )
-    weights = names.rename(arrays, table)
-    options = infer_options(weights, family=family, bins=pyramid_bins, where=files[0])
+    bins = known.get("pyramid_bins", FAMILIES[family].options["pyramid_bins"])
+    weights = tables.read(found, bins, arrays)
+    options = infer_options(weights, family=family, told=known, where=where)
+    weights = weights.without(beyond(options.num_stages))
     if labels is None:
-        return _convert_backbone(files[0], weights, options, Path(output))
-    return _convert_network(files[0], weights, options, load_label_set(labels), Path(output))
+        return _convert_backbone(where, weights, options, Path(output))
+    return _convert_network(where, weights, options, load_label_set(labels), Path(output))
+
+
+def _read_all(files: Sequence[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Arrays of all files, and the options that they tell beside them."""
+    arrays: dict[str, np.ndarray] = {}
+    known: dict[str, Any] = {}
+    for file in files:
+        found, metadata = read_file(file)
+        if metadata.get("format") == FORMAT:
+            raise ValueError(f"{file} is converted already: use it with --config.init_from")
+        twice = sorted(arrays.keys() & found.keys())
+        if twice:
+            raise ValueError(f"{' and '.join(files)} both have {', '.join(twice[:5])}")
+        arrays |= found
+        known |= json.loads(metadata.get(OPTIONS, "{}"))
+    return arrays, {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
 
 
 def _convert_network(
@@ -158,7 +179,7 @@ def _convert_backbone(file: str, weights: Weights, options: ModelOptions, output
 
 
 def infer_options(
-    weights: Weights, *, family: str, bins: tuple[int, ...] | None, where: str
+    weights: Weights, *, family: str, told: Mapping[str, Any] = MappingProxyType({}), where: str
 ) -> ModelOptions:
     """The options of the network that has (nearly) these parameters.
 
@@ -167,7 +188,8 @@ def infer_options(
 
     Args:
         weights: by our paths and in our layout.
-        bins: of the pyramid; None: the family's, or none where the head sees no pyramid.
+        told: options that are known; without bins the family's are taken, or none where the head sees no
+            pyramid.
         where: the file's name, for messages.
 
     Raises:
@@ -178,23 +200,39 @@ def infer_options(
     width = _width(shapes)
     if not blocks or width is None:
         unknown = ", ".join(map(names.printable, weights.unknown[:5]))
+        missing = "the encoder's file is missing, or it " if family in _NUM_FILES else ""
         raise MisfitError(
-            f"{where} holds no residual blocks (layer1.0.conv1.weight, ...)"
+            f"{where} holds no residual blocks (layer1.0.conv1.weight, ...): {missing}is no ResNet"
             + (f"; keys that are not known: {unknown}" if unknown else "")
         )
-    section: dict[str, Any] = {**default_config().model.to_dict(), "family": family}
+    section: dict[str, Any] = {**default_config().model.to_dict(), **told, "family": family}
     section["backbone"], section["width"] = _depth(blocks), width
     section["stem"] = stem_of(shapes)
-    has_levels = any(path.startswith("pyramid.") for path in shapes)
-    channels = 8 * width * DEPTHS[section["backbone"]][0].expansion
+    stage1 = width * DEPTHS[section["backbone"]][0].expansion  # channels that it gives
+    levels = [s for p, s in shapes.items() if p.startswith("pyramid.") and len(s) == 4]
+    num_stages = _num_stages(levels, stage1)
+    if num_stages < 4:
+        section["num_stages"] = num_stages
+        section["output_stride"] = section["output_stride"] or 2 ** (num_stages + 1)
+    channels, bins = stage1 * 2 ** (num_stages - 1), section["pyramid_bins"]
     head = shapes.get("head.conv.kernel", ())
-    if bins is None and not has_levels and len(head) == 4 and head[2] == channels:
-        bins = ()  # the authors' use_ppm=False
-    section["pyramid_bins"] = bins
+    if bins is None and not levels and len(head) == 4 and head[2] == channels:
+        section["pyramid_bins"] = ()  # the authors' use_ppm=False
     # Unreduced levels are the pooled maps themselves: nothing of them is in a file.
-    unreduced = bins and not has_levels and len(head) == 4 and head[2] == channels * (1 + len(bins))
+    unreduced = bins and not levels and len(head) == 4 and head[2] == channels * (1 + len(bins))
     section["pyramid_reduction"] = False if unreduced else None
+    if not weights.is_backbone and not any(path.startswith("aux_head.") for path in shapes):
+        # Not every file has the auxiliary head, which only training needs.
+        usual = FAMILIES[family].options["aux_heads"]
+        section["aux_heads"] = tuple(name for name in usual if name != "pixel")
     return ModelOptions.resolve(section)
+
+
+def _num_stages(levels: Sequence[Shape], stage1: int) -> int:
+    """Stages of the backbone below the pyramid, by the channels that its levels take."""
+    taken = collections.Counter(shape[2] for shape in levels).most_common(1)
+    ratio = taken[0][0] / stage1 if taken else 8
+    return {2.0: 2, 4.0: 3}.get(ratio, 4)
 
 
 def _depth(blocks: set[tuple[str, ...]]) -> str:

@@ -1,6 +1,7 @@
 """Export: a model trained or converted here -> a file that is used without this package.
 
-* `safetensors`: the weights under the names and in the layout in which the family publishes them.
+* `safetensors`: the weights under the names and in the layout in which the family publishes them;
+  `caffemodel`: those of the paper's networks in their own format.
 * `stablehlo`: the function raw images -> class scores with its weights, read by `jax.export` alone. Batch,
   height and width are symbols in it: one file for images of any size, on any of its platforms.
 * A file appears when it is complete, and none is overwritten.
@@ -10,7 +11,7 @@ import functools
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from flax import nnx
 
 from pspnet_jax.checkpoint import flatten
 from pspnet_jax.metric_writer import write_whole
-from pspnet_jax.models.families import FAMILIES
+from pspnet_jax.models.families import FAMILIES, ModelOptions
 from pspnet_jax.passes import structure
+from pspnet_jax.pretrained import OPTIONS, UNTOLD_OPTIONS
 from pspnet_jax.segmenter import (
     Description,
     StoredModel,
@@ -30,9 +32,20 @@ from pspnet_jax.segmenter import (
     read_checkpoint,
 )
 from pspnet_jax.version import __version__
-from pspnet_jax.weights import names, safetensors
+from pspnet_jax.weights import caffe, names, safetensors, tables
 
-FORMATS = ("safetensors", "stablehlo")
+FORMATS = ("safetensors", "caffemodel", "stablehlo")
+# What a network computes, except how deep and wide it is.
+_FORWARD = tuple(
+    option.name
+    for option in fields(ModelOptions)
+    if option.name
+    not in (
+        *("family", "backbone", "width", "dtype", "remat", "frozen_norm", "initializer"),
+        *("aux_heads", "dropout_rate", "dropout_kind", "norm_momentum"),
+    )
+)
+_AUXILIARY = ("aux_head.", "presence_head.")
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 log = logging.getLogger("pspnet_jax")
@@ -79,6 +92,8 @@ def run(
     stored = read_checkpoint(checkpoint, step=step)
     if format == "safetensors":
         _write_safetensors(stored, target)
+    elif format == "caffemodel":
+        _write_caffemodel(stored, target)
     else:
         _write_stablehlo(stored, target, platforms=platforms, checkpoint=checkpoint)
     return target
@@ -86,18 +101,40 @@ def run(
 
 def _write_safetensors(stored: StoredModel, target: Path) -> None:
     options = stored.description.model
-    table = tables.of_network(options.family, options.pyramid_bins, stem=options.stem)
-    arrays = flatten(stored.part["params"]) | flatten(stored.part["batch_stats"])
-    published = names.publish(
-        {path: np.asarray(array) for path, array in arrays.items()}, table, steps=stored.step
-    )
     metadata = {
         "format": "pt",
         "family": options.family,
         "backbone": options.backbone,
         OPTIONS: json.dumps({name: getattr(options, name) for name in UNTOLD_OPTIONS}),
     }
-    safetensors.write(target, published, metadata)
+    safetensors.write(target, _published(stored, target), metadata)
+
+
+def _write_caffemodel(stored: StoredModel, target: Path) -> None:
+    options = stored.description.model
+    if options.family != "caffe":
+        raise ValueError(
+            f"this network is of the family '{options.family}'; --format=caffemodel is for 'caffe' alone, "
+            "safetensors holds the names of each family"
+        )
+    where = "1x1_reduce" if options.bottleneck_stride == "1x1" else "3x3"
+    strided = ("conv1_1_3x3_s2", f"conv3_1_{where}", "conv3_1_1x1_proj")
+    published = sorted(_published(stored, target).items())  # blobs of a layer in their order
+    caffe.write(target, dict(published), dict.fromkeys(strided, (2, 2)))
+
+
+def _published(stored: StoredModel, target: Path) -> dict[str, np.ndarray]:
+    """Arrays under the names of the family; says what its files have no place for, or its code no option."""
+    options = stored.description.model
+    table = tables.of_network(options.family, options.pyramid_bins, stem=options.stem)
+    leaves = flatten(stored.part["params"]) | flatten(stored.part["batch_stats"])
+    # Only training needs auxiliary heads, and not every family publishes them.
+    arrays = {
+        path: np.asarray(array)
+        for path, array in leaves.items()
+        if not path.startswith(_AUXILIARY) or table.has(path)
+    }
+    published = names.publish(arrays, table, steps=stored.step)
     log.info(
         "%d tensors and %d counters of norms with the names of %s -> %s",
         len(arrays),
@@ -105,6 +142,21 @@ def _write_safetensors(stored: StoredModel, target: Path) -> None:
         table.source,
         target,
     )
+    if left := sorted({path.split(".")[0] for path in leaves.keys() - arrays.keys()}):
+        log.info("left out: %s, which files of this family do not have", ", ".join(left))
+    if others := _unusual(options):
+        log.warning("other than its family: %s; their code needs the same", ", ".join(others))
+    return published
+
+
+def _unusual(options: ModelOptions) -> list[str]:
+    """Options of the forward pass in which a network differs from its family's on the same backbone."""
+    usual = ModelOptions.resolve({**asdict(options), **dict.fromkeys(_FORWARD)})
+    return [
+        f"{name}={getattr(options, name)} ({getattr(usual, name)})"
+        for name in _FORWARD
+        if getattr(options, name) != getattr(usual, name)
+    ]
 
 
 def _write_stablehlo(

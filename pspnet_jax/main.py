@@ -170,7 +170,10 @@ def _run_prepare(values: flags.FlagValues, words: list[str]) -> None:
 
 def _define_convert(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_string(
-        "family", "semseg", "Whose file it is: semseg or lextal.", flag_values=values
+        "family",
+        "semseg",
+        "Whose file it is: semseg, caffe, mmseg, smp, csail or lextal.",
+        flag_values=values,
     )
     flags.DEFINE_string(
         "labels",
@@ -178,8 +181,21 @@ def _define_convert(values: flags.FlagValues, argv: list[str]) -> None:
         "Label set of its classes, e.g. ade20k (default: none, it is a backbone).",
         flag_values=values,
     )
+    not_told = "; the file does not tell (default: the family's)."
     flags.DEFINE_list(
-        "pyramid_bins", None, "Not in the file (default: the family's).", flag_values=values
+        "pyramid_bins",
+        None,
+        f"Bins per axis of the pyramid's levels, in their order{not_told}",
+        flag_values=values,
+    )
+    flags.DEFINE_boolean(
+        "align_corners", None, f"Rule of bilinear resizes{not_told}", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "output_stride",
+        None,
+        f"Image pixels per feature pixel{not_told}",
+        flag_values=values,
     )
     _define_output(values, "Folder of the result.")
 
@@ -189,7 +205,8 @@ def _define_export(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_string(
         "format",
         None,
-        "safetensors: weights under their published names; stablehlo: a function for jax.export.",
+        "safetensors: weights under their published names; caffemodel: those of the family caffe; "
+        "stablehlo: a function for jax.export.",
         flag_values=values,
     )
     flags.DEFINE_list(
@@ -207,6 +224,8 @@ def _run_convert(values: flags.FlagValues, words: list[str]) -> None:
         family=_value(values, "family"),
         labels=_value(values, "labels"),
         pyramid_bins=_numbers(values, "pyramid_bins", int),
+        align_corners=_value(values, "align_corners"),
+        output_stride=_value(values, "output_stride"),
     )
 
 
@@ -271,14 +290,14 @@ VERBS = {
     ),
     "convert": Verb(
         "published weights into a model to evaluate, predict with or start from",
-        "pspnet convert [--family=semseg] --labels=ade20k --output=DIR WEIGHTS (no --labels: a backbone)",
+        "pspnet convert [--family=semseg] --labels=ade20k --output=DIR WEIGHTS... (no --labels: a backbone)",
         _define_convert,
         _run_convert,
         takes_words=True,
     ),
     "export": Verb(
         "a model as a file for other programs: weights with published names, or a function",
-        "pspnet export --checkpoint=DIR --format=safetensors|stablehlo --output=FILE",
+        "pspnet export --checkpoint=DIR --format=safetensors|caffemodel|stablehlo --output=FILE",
         _define_export,
         _run_export,
     ),

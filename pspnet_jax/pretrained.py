@@ -7,6 +7,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -24,7 +25,9 @@ FORMAT = "pspnet_jax"
 """In the metadata of safetensors files that hold our own paths and layout."""
 
 OPTIONS = "options"
-"""In the metadata of published files: options that neither names nor shapes tell, as JSON."""
+UNTOLD_OPTIONS = ("pyramid_bins", "align_corners", "output_stride", "bottleneck_stride")
+"""Options that neither the names nor the shapes of published weights tell; in the metadata of what `export`
+writes they stand under `OPTIONS`, as JSON."""
 
 log = logging.getLogger("pspnet_jax")
 
@@ -79,6 +82,11 @@ def recognize(keys: Iterable[str], *, where: str) -> str | None:
         raise WeightsFileError(message) from None
 
 
+def beyond(num_stages: int) -> str:
+    """A pattern of the paths of a backbone's stages after the first so many, which a network cut off has not."""
+    return rf"backbone\.layer[{num_stages + 1}-9]_.*"
+
+
 def read_weights(path: Path | str, *, bins: Sequence[int]) -> tuple[Weights, LabelSet | None]:
     """The weights of a run, a converted model or a file, by our paths, and their label set if it is known.
 
@@ -99,7 +107,7 @@ def read_weights(path: Path | str, *, bins: Sequence[int]) -> tuple[Weights, Lab
     if metadata.get("format") == FORMAT:
         return _ours(arrays), None
     family = recognize(arrays, where=str(path))
-    return names.rename(arrays, tables.of_file(family, bins, arrays)), None
+    return tables.read(family, bins, arrays), None
 
 
 def start_from(
@@ -117,6 +125,8 @@ def start_from(
     """
     weights, stored_set = read_weights(path, bins=bins)
     fresh = flatten(params) | flatten(batch_stats)
+    if weights.is_backbone:
+        weights = weights.without(beyond(_num_stages(fresh)))
     starts_anew = None
     if weights.is_backbone:
         starts_anew = HEADS
@@ -136,6 +146,12 @@ def start_from(
         log.info("  the classifiers start anew: %s", other)
     merged = unflatten({name: found.loaded.get(name, array) for name, array in fresh.items()})
     return _like(params, merged), _like(batch_stats, merged)
+
+
+def _num_stages(paths: Iterable[str]) -> int:
+    """Stages of the residual network that has these paths; any number where it is none."""
+    found = [re.match(r"backbone\.layer(\d+)_", path) for path in paths]
+    return max((int(match[1]) for match in found if match), default=4)
 
 
 def _ours(arrays: Mapping[str, np.ndarray]) -> Weights:

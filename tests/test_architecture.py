@@ -56,7 +56,16 @@ LAYERS = [
 ]
 # Within a folder, in the order of the flow.
 FOLDERS = {
-    "weights/": ["names", "fit", "pickles", "pytorch", "messages", "caffe", "safetensors"],
+    "weights/": [
+        "names",
+        "tables",
+        "fit",
+        "pickles",
+        "pytorch",
+        "messages",
+        "caffe",
+        "safetensors",
+    ],
     "data/": [
         "layouts",
         "headers",

@@ -13,7 +13,7 @@ from pspnet_jax.checkpoint import flatten
 from pspnet_jax.main import main
 from pspnet_jax.models.pspnet import PSPNet
 from pspnet_jax.train_step import split_model
-from pspnet_jax.weights import names, pytorch, safetensors
+from pspnet_jax.weights import names, pytorch, safetensors, tables
 
 from networks import options
 from pictures import example, write_image, write_split
@@ -124,9 +124,9 @@ def test_what_was_exported_converts_again(converted, tmp_path):
 def test_options_are_read_from_names_and_shapes(overrides):
     wanted = options(**overrides)
     bins = overrides.get("pyramid_bins") or None  # () is found out
-    table = names.TABLES["semseg"](wanted.pyramid_bins)
-    weights = names.rename(_published_of(wanted), table)
-    assert convert.infer_options(weights, family="semseg", bins=bins, where="file") == wanted
+    weights = tables.read("semseg", wanted.pyramid_bins, _published_of(wanted))
+    told = {} if bins is None else {"pyramid_bins": bins}
+    assert convert.infer_options(weights, family="semseg", told=told, where="file") == wanted
 
 
 def test_the_variant_goes_out_and_in(tmp_path):
@@ -149,7 +149,8 @@ def _published_of(wanted):
     """Random weights of a network under published names."""
     _, params, batch_stats = split_model(PSPNet(wanted, 11, rng=np.random.default_rng(0)))
     arrays = {k: np.asarray(v) for k, v in (flatten(params) | flatten(batch_stats)).items()}
-    return names.publish(arrays, names.TABLES[wanted.family](wanted.pyramid_bins), steps=0)
+    table = tables.of_network(wanted.family, wanted.pyramid_bins, stem=wanted.stem)
+    return names.publish(arrays, table, steps=0)
 
 
 @pytest.mark.parametrize(

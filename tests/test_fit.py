@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 from test_names import kernel
 
+from pspnet_jax.weights import tables
 from pspnet_jax.weights.fit import CLASSIFIER, fit
-from pspnet_jax.weights.names import TABLES, MisfitError, rename
+from pspnet_jax.weights.names import MisfitError, rename
 
 BUDGET_SECONDS = 10
 
-SEMSEG = TABLES["semseg"]((1, 2, 3, 6))
+SEMSEG = tables.of_network("semseg", (1, 2, 3, 6), stem="deep")
 WANTED = {
     "head.conv.kernel": (3, 3, 4, 5),
     "head.norm.scale": (5,),

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from pspnet_jax.weights import names
+from pspnet_jax.weights import tables
 from pspnet_jax.weights.names import (
-    BACKBONE,
     MisfitError,
     Row,
     Table,
@@ -14,11 +13,12 @@ from pspnet_jax.weights.names import (
     rename,
     without_prefix,
 )
+from pspnet_jax.weights.tables import BACKBONE
 
 BUDGET_SECONDS = 20
 
-SEMSEG = names.TABLES["semseg"]((1, 2, 3, 6))
-LEXTAL = names.TABLES["lextal"]((1, 2, 3, 6))
+SEMSEG = tables.of_network("semseg", (1, 2, 3, 6), stem="deep")
+LEXTAL = tables.of_network("lextal", (1, 2, 3, 6), stem="7x7")
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,10 @@ class Table:
             raise MisfitError(f"{key} belongs to {len(found)} rows of the table '{self.source}'")
         return found[0] if found else None
 
+    def has(self, path: str) -> bool:
+        """Whether files have a place for a path."""
+        return any(_numbers(row.ours, path.rpartition(".")[0]) is not None for row in self.rows)
+
     def to_theirs(self, path: str) -> tuple[str, str]:
         """(key, kind) of a path.
 

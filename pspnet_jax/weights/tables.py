@@ -5,7 +5,10 @@ qubvel-org/segmentation_models.pytorch, CSAILVision/semantic-segmentation-pytorc
 Lextal/pspnet-pytorch; of torchvision's ResNets and those with a deep stem.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
 
 from pspnet_jax.weights.names import (
     BGR_CONV,
@@ -18,7 +21,9 @@ from pspnet_jax.weights.names import (
     MisfitError,
     Row,
     Table,
+    Weights,
     printable,
+    rename,
 )
 
 
@@ -201,7 +206,8 @@ _TABLES: dict[str, Callable[[Sequence[int]], Table]] = {
     "csail": _csail,
     "lextal": _lextal,
 }
-FAMILIES = tuple(_TABLES)
+_CAFFE_ORDER = (6, 3, 2, 1)
+_FUSING = "head.conv.kernel"
 # How keys begin that no family further up has.
 _BEGINNINGS = {
     "semseg": ("layer0.", "ppm.features.", "cls."),
@@ -229,6 +235,26 @@ def of_file(family: str | None, bins: Sequence[int], keys: Iterable[str]) -> Tab
         return BACKBONE
     is_7x7 = any(key.startswith("backbone.conv1.") for key in keys)
     return of_network(family, bins, stem="7x7" if is_7x7 else "v1c")
+
+
+def read(family: str | None, bins: Sequence[int], arrays: Mapping[str, np.ndarray]) -> Weights:
+    """The tensors of a file by our paths, for a network with these bins.
+
+    Caffe's names say the bins, and its head takes them in an order of their own: into that of `bins`.
+    """
+    weights = rename(arrays, of_file(family, bins, arrays))
+    if family != "caffe" or sorted(bins) != sorted(_CAFFE_ORDER):
+        return weights
+    kernel = weights.arrays.get(_FUSING)
+    levels = [weights.arrays.get(f"pyramid.level{n}.conv.kernel") for n in _CAFFE_ORDER]
+    sizes = [0 if level is None else level.shape[-1] for level in levels]
+    if kernel is None or kernel.ndim != 4 or 0 in sizes or kernel.shape[2] <= sum(sizes):
+        return weights  # `fit` will name what is wrong
+    borders = np.cumsum([kernel.shape[2] - sum(sizes), *sizes])[:-1]
+    first, *parts = np.split(kernel, borders, axis=2)
+    by_bins = dict(zip(_CAFFE_ORDER, parts, strict=True))
+    ordered = np.concatenate([first, *(by_bins[n] for n in bins)], axis=2)
+    return replace(weights, arrays={**weights.arrays, _FUSING: ordered})
 
 
 def recognize(keys: Iterable[str]) -> str | None:

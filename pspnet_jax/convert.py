@@ -236,14 +236,16 @@ def _num_stages(levels: Sequence[Shape], stage1: int) -> int:
 
 
 def _depth(blocks: set[tuple[str, ...]]) -> str:
-    """The backbone whose blocks differ least from those found."""
+    """The backbone whose blocks differ least from those found, in the stages that there are at all."""
     bottlenecks = {block[:2] for block in blocks if block[2].startswith("conv3")}
     expansion = 4 if 2 * len(bottlenecks) > len({block[:2] for block in blocks}) else 1
     found = {(int(stage), int(i)) for stage, i, _ in blocks}
+    stages = {stage for stage, _ in found}
 
     def difference(name: str) -> int:
         counts = DEPTHS[name][1]
-        return len(found ^ {(s + 1, i) for s, count in enumerate(counts) for i in range(count)})
+        wanted = {(s, i) for s in stages & {1, 2, 3, 4} for i in range(counts[s - 1])}
+        return len(found ^ wanted)
 
     return min(
         (n for n, (kind, _) in DEPTHS.items() if kind.expansion == expansion), key=difference

@@ -84,7 +84,7 @@ def recognize(keys: Iterable[str], *, where: str) -> str | None:
 
 def beyond(num_stages: int) -> str:
     """A pattern of the paths of a backbone's stages after the first so many, which a network cut off has not."""
-    return rf"backbone\.layer[{num_stages + 1}-9]_.*"
+    return rf"backbone\.layer({'|'.join(map(str, range(num_stages + 1, 5))) or '-'})_.*"
 
 
 def read_weights(path: Path | str, *, bins: Sequence[int]) -> tuple[Weights, LabelSet | None]:

@@ -295,7 +295,10 @@ def test_backbones_become_one_file_of_our_names(stem, old, tmp_path):
         ({"files": []}, "converted from one file, 0 were given"),
         ({"files": ["nowhere.pth"]}, "there is no such file"),
         ({"files": [str(GOLDENS)]}, "is a folder; a file of weights is wanted"),
-        ({"family": "caffe2"}, "family='caffe2' is not one of semseg, lextal"),
+        (
+            {"family": "caffe2"},
+            "family='caffe2' is not one of semseg, caffe, mmseg, smp, csail, lextal",
+        ),
         ({"labels": None}, "say which classes it has, e.g. --labels=ade20k"),
         ({"labels": "voc2012"}, "has 11 classes, label set 'voc2012' has 21"),
         ({"labels": "voc"}, "did you mean 'voc2012'"),
@@ -317,8 +320,8 @@ def test_backbones_have_no_classes(tmp_path):
 
 
 def test_foreign_names_are_shown(tmp_path):
-    path = write(tmp_path / "w.safetensors", {"encoder.weight": np.ones(3)})
-    with pytest.raises(ValueError, match=r"no network that is known here: encoder\.weight"):
+    path = write(tmp_path / "w.safetensors", {"model.weight": np.ones(3)})
+    with pytest.raises(ValueError, match=r"no network that is known here: model\.weight"):
         convert.run([path], labels="camvid", output=str(tmp_path / "model"))
 
 
@@ -329,7 +332,9 @@ def test_nothing_is_overwritten(converted, tmp_path):
     target.write_bytes(b"")
     with pytest.raises(FileExistsError, match="choose another --output"):
         export.run(str(converted), format="safetensors", output=str(target))
-    with pytest.raises(ValueError, match="format='onnx' is not one of safetensors, stablehlo"):
+    with pytest.raises(
+        ValueError, match="format='onnx' is not one of safetensors, caffemodel, stablehlo"
+    ):
         export.run(str(converted), format="onnx", output=str(tmp_path / "x"))
 
 

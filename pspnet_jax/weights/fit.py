@@ -5,6 +5,7 @@
 * Values become float32; what would not be finite, a negative variance and whole numbers are refused.
 """
 
+import collections
 import difflib
 import re
 from collections.abc import Iterable, Mapping
@@ -22,7 +23,7 @@ CLASSIFIER = r"(head|aux_head|presence_head)\.classifier\.(kernel|bias)"
 HEADS = r"(pyramid|head|aux_head|presence_head)\..*"
 
 _DEEP_STEM = re.compile(r"backbone\.stem\.\w+[23]\.")
-_STEM_AND_PLANES = ("stem.conv1", "layer1_0.conv1")
+_PLANES = re.compile(r"backbone\.layer1_\d+\.conv[12]\.kernel")
 _BLOCK = re.compile(r"backbone\.layer(\d+)_(\d+)\.(\w+)")
 _NUM_SHOWN = 12  # of each kind of fault
 
@@ -99,8 +100,10 @@ def stem_of(shapes: Mapping[str, Shape]) -> str:
     """'deep', 'v1c' or '7x7', by the shapes of a residual network; one path of a deep stem's is enough."""
     if not any(map(_DEEP_STEM.match, shapes)):
         return "7x7"
-    first, planes = (shapes.get(f"backbone.{name}.kernel", (0,)) for name in _STEM_AND_PLANES)
-    return "v1c" if 2 * first[-1] == planes[-1] > 0 else "deep"
+    planes = collections.Counter(s[-1] for p, s in shapes.items() if _PLANES.fullmatch(p) and s)
+    width = planes.most_common(1)[0][0] if planes else 0
+    first = shapes.get("backbone.stem.conv1.kernel", (width,))
+    return "v1c" if first[-1:] == (width // 2,) else "deep"
 
 
 def _float32(array: np.ndarray) -> Float32[np.ndarray, "..."]:

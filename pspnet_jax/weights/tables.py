@@ -64,10 +64,11 @@ def _below(module: str, rows: Iterable[Row]) -> tuple[Row, ...]:
 
 
 BACKBONE = Table(
-    source="a ResNet with torchvision's names (deep stems have three convolutions, or are called stem)",
-    rows=(*_STEM, *_sequence("stem"), *_BLOCKS),
+    source="a ResNet with torchvision's names (the authors' have three convolutions in the stem)",
+    rows=(*_STEM, *_BLOCKS),
     left_out=(_CLASSIFIER,),
 )
+_MMSEG_BACKBONE = replace(BACKBONE, rows=(*_sequence("stem"), *_BLOCKS))
 
 
 def _semseg(bins: Sequence[int]) -> Table:
@@ -232,7 +233,7 @@ def of_network(family: str, bins: Sequence[int], *, stem: str) -> Table:
 def of_file(family: str | None, bins: Sequence[int], keys: Iterable[str]) -> Table:
     """The table for the keys of a file, of a family or (None) of a backbone."""
     if family is None:
-        return BACKBONE
+        return _MMSEG_BACKBONE if any(key.startswith("stem.") for key in keys) else BACKBONE
     is_7x7 = any(key.startswith("backbone.conv1.") for key in keys)
     return of_network(family, bins, stem="7x7" if is_7x7 else "v1c")
 

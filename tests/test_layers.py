@@ -185,6 +185,15 @@ class TestDropout:
         np.testing.assert_array_equal(y, np.broadcast_to(y[:, :1, :1], y.shape))
         assert (y == 0).mean() == pytest.approx(0.25, abs=0.03)
 
+    def test_drops_single_values(self):
+        x = jnp.ones((8, 9, 10, 20))
+        y = np.asarray(Dropout(0.25, kind="element")(x, train=True, key=jax.random.key(0)))
+        assert set(np.unique(y)) == {0, np.float32(1 / 0.75)}
+        assert (y == 0).mean() == pytest.approx(0.25, abs=0.02)
+        shares = (y == 0).mean(axis=(1, 2))  # of a channel of an image: never all or nothing
+        assert shares.min() > 0
+        assert shares.max() < 0.6
+
     def test_does_nothing_outside_of_training(self):
         x = random(2, 3, 3, 4)
         np.testing.assert_array_equal(Dropout(0.5, kind="channel")(x, train=False, key=None), x)

@@ -16,6 +16,7 @@ from pspnet_jax.models.layers import (
     Linear,
     NoRandomNumbers,
     PReLU,
+    add_bias,
     average_pool,
     max_pool,
 )
@@ -66,6 +67,24 @@ def test_bias_is_added():
     )
     x = jnp.zeros((1, 2, 2, 3))
     np.testing.assert_array_equal(conv(x)[0, 1, 1], conv.bias[...])
+
+
+@pytest.mark.parametrize("layer", ["bias", "slope"])
+def test_half_precision_gradients_of_parameters_are_summed_in_full_precision(layer):
+    """A running sum of ones in bfloat16 ends at 256."""
+    ones = jnp.ones((2, 40, 40, 3), jnp.bfloat16)
+
+    def apply(parameter):
+        if layer == "bias":
+            return add_bias(ones, parameter)
+        activation = PReLU()
+        activation.slope[...] = parameter
+        return activation(-ones)
+
+    parameter, expected = (jnp.zeros(3), 3200) if layer == "bias" else (jnp.zeros(1), -9600)
+    y, transpose = jax.vjp(apply, parameter)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(transpose(ones)[0], jnp.full_like(parameter, expected))
 
 
 def linear(in_channels, out_channels, *, dtype=jnp.float32, rng=None):

@@ -136,6 +136,7 @@ def test_choice_by_shape_and_platform(platform, channels, dilation, value, kerne
 def test_half_precision_is_not_taken_apart():
     x, kernel = jnp.zeros((1, 20, 20, 128), jnp.bfloat16), jnp.zeros((3, 3, 128, 128), jnp.bfloat16)
     assert convolution._form_of_value(x, kernel, 1, "cpu") is direct
+    assert convolution._form_of_kernel_gradient(x, kernel, 1, "cpu") is direct
 
 
 @pytest.mark.parametrize("size", [(8, 12), (7, 9), (3, 2)])

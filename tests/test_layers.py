@@ -16,6 +16,7 @@ from pspnet_jax.models.layers import (
     Linear,
     NoRandomNumbers,
     PReLU,
+    add_bias,
     average_pool,
     max_pool,
 )
@@ -66,6 +67,24 @@ def test_bias_is_added():
     )
     x = jnp.zeros((1, 2, 2, 3))
     np.testing.assert_array_equal(conv(x)[0, 1, 1], conv.bias[...])
+
+
+@pytest.mark.parametrize("layer", ["bias", "slope"])
+def test_half_precision_gradients_of_parameters_are_summed_in_full_precision(layer):
+    """A running sum of ones in bfloat16 ends at 256."""
+    ones = jnp.ones((2, 40, 40, 3), jnp.bfloat16)
+
+    def apply(parameter):
+        if layer == "bias":
+            return add_bias(ones, parameter)
+        activation = PReLU()
+        activation.slope[...] = parameter
+        return activation(-ones)
+
+    parameter, expected = (jnp.zeros(3), 3200) if layer == "bias" else (jnp.zeros(1), -9600)
+    y, transpose = jax.vjp(apply, parameter)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(transpose(ones)[0], jnp.full_like(parameter, expected))
 
 
 def linear(in_channels, out_channels, *, dtype=jnp.float32, rng=None):
@@ -214,9 +233,9 @@ def test_max_pool_pads_one_pixel_on_every_side(size):
 
 @pytest.mark.parametrize("size", [(6, 4), (7, 5), (1, 2)])
 def test_gradient_of_max_pool_goes_to_the_first_largest_pixel(size):
-    """Whole numbers 0 .. 2, so that most windows hold equal pixels."""
+    """Whole numbers -3 .. -1, so that most windows hold equal pixels, and all less than a zero of padding."""
     rng = np.random.default_rng(0)
-    x = rng.integers(0, 3, (2, *size, 3)).astype(np.float32)
+    x = rng.integers(-3, 0, (2, *size, 3)).astype(np.float32)
     windows = ((size[0] + 1) // 2, (size[1] + 1) // 2)
     gradient = rng.integers(1, 9, (2, *windows, 3)).astype(np.float32)
     expected = np.zeros_like(x)
@@ -248,6 +267,12 @@ def test_average_pool_leaves_an_odd_last_line_out(size, rows, columns):
     np.testing.assert_allclose(
         average_pool(jnp.asarray(x)), np.transpose(expected, (2, 0, 1, 3)), atol=1e-6
     )
+
+
+def test_half_precision_is_averaged_in_full_precision():
+    x = jnp.asarray(random(2, 8, 6, 5), jnp.bfloat16)
+    exact = average_pool(x.astype(jnp.float32)).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(average_pool(x), exact, strict=True)
 
 
 def test_state_is_parameters_and_batch_statistics_only():

@@ -439,6 +439,39 @@ def test_half_precision_keeps_float32_parameters_and_logits():
     assert outputs.logits.dtype == jnp.float32
 
 
+@pytest.mark.parametrize(
+    ("side", "platform", "overrides"),
+    [
+        (33, "gpu", {"frozen_norm": True}),
+        (33, "cpu", {"pyramid_pool": "max"}),
+        (32, None, {"family": "lextal", "backbone": "squeezenet"}),
+        pytest.param(
+            32, "gpu", {"family": "lextal", "backbone": "densenet121"}, marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_half_precision_sums_nothing(side, platform, overrides):
+    """Convolutions and matrix products sum in float32 and round once; sums of XLA are in the dtype of what
+    is summed, and in bfloat16 the gradient of a bias would be wrong in its first digit."""
+    graphdef, params, batch_stats = split_model(
+        network(dtype="bfloat16", platform=platform, **overrides)
+    )
+    images = jnp.zeros((2, side, side, 3))
+
+    def total(params):
+        model = nnx.merge(graphdef, params, batch_stats)
+        outputs = model(images, train=True, key=jax.random.key(0))
+        return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(outputs))
+
+    summed = [
+        equation.outvars[0].aval.dtype
+        for equation in _operations(jax.make_jaxpr(jax.grad(total))(params).jaxpr)
+        if equation.primitive.name in ("reduce_sum", "reduce_window_sum", "cumsum")
+    ]
+    assert jnp.dtype("float32") in summed
+    assert jnp.dtype("bfloat16") not in summed
+
+
 def backbone(name, *, remat) -> ResNet | DenseNet | SqueezeNet:
     if name in OTHERS:
         return other_backbone(name, remat=remat)
@@ -484,6 +517,9 @@ def test_what_the_backward_pass_computes_again(name, remat):
     assert again == (CONVOLUTIONS_AGAIN[name] if remat else 0)
     assert gradient["max"] > 2 * forward["max"]
     assert gradient["rsqrt"] >= 2 * forward["rsqrt"]
+    if not remat:
+        # Batch statistics are stored: nothing is squared again.
+        assert gradient["square"] == forward["square"]
     if name == "resnet18":
         # Stages of two blocks: what goes from one to the other is made again, too.
         assert (gradient["rsqrt"] > 2 * forward["rsqrt"]) == (not remat)
@@ -498,17 +534,20 @@ def operations(model: nnx.Module) -> tuple[collections.Counter, collections.Coun
         return nnx.merge(graphdef, params, batch_stats)(images, train=True).last.sum()
 
     return tuple(
-        collections.Counter(_names(jax.make_jaxpr(function)(params, batch_stats).jaxpr))
+        collections.Counter(
+            equation.primitive.name
+            for equation in _operations(jax.make_jaxpr(function)(params, batch_stats).jaxpr)
+        )
         for function in (total, jax.grad(total))
     )
 
 
-def _names(jaxpr) -> Iterator[str]:
-    """Of the operations, inner ones included."""
+def _operations(jaxpr) -> Iterator[jax.extend.core.JaxprEqn]:
+    """All of a program, inner ones included."""
     for equation in jaxpr.eqns:
-        yield equation.primitive.name
+        yield equation
         for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            yield from _names(inner)
+            yield from _operations(inner)
 
 
 def test_heads_are_everything_but_the_backbone():

@@ -148,7 +148,7 @@ class Conv(nnx.Module):
 
 def add_bias(y: Features, bias: jax.Array | None) -> Features:
     """In the dtype of `y`."""
-    return y if bias is None else y + _per_channel(bias.astype(y.dtype))
+    return y if bias is None else y + _repeated(bias, y)
 
 
 class Linear(nnx.Module):
@@ -170,7 +170,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Vectors) -> Vectors:
         y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
-        return y + self.bias[...].astype(self.dtype).reshape(1, -1)
+        return y + _repeated(self.bias[...], y)
 
 
 class BatchNorm(nnx.Module):
@@ -262,7 +262,7 @@ class PReLU(nnx.Module):
         self.slope = nnx.Param(0.25 * jnp.ones(1))
 
     def __call__(self, x: Features) -> Features:
-        return jnp.where(x > 0, x, _per_channel(self.slope[...].astype(x.dtype)) * x)
+        return jnp.where(x > 0, x, _repeated(self.slope[...], x) * x)
 
 
 # What one random number decides on -> shape of the random numbers for a map.
@@ -400,6 +400,17 @@ def _initial_values(
     if isinstance(rng, NoRandomNumbers):
         return jnp.zeros(shape), jnp.zeros(shape[-1])
     return initializer.kernel(rng, shape), initializer.bias(rng, shape)
+
+
+def _repeated(x: jax.Array, like: jax.Array) -> jax.Array:
+    """A parameter for each channel (or one for all), everywhere in an array, in its dtype.
+
+    Repeated first, rounded then, so that the gradient is summed in the dtype of the parameter: in bfloat16 a
+    sum stands still at 256 times what is added to it. In the forward pass XLA rounds first.
+    """
+    return jnp.broadcast_to(x.reshape((1,) * (like.ndim - 1) + (-1,)), like.shape).astype(
+        like.dtype
+    )
 
 
 def _per_channel(x: jax.Array) -> jax.Array:

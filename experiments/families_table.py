@@ -29,8 +29,8 @@ PUBLISHED = {
 }
 NOT_SUPPORTED = {
     "PaddleSeg": "ResNet-vd (averages in front of its shortcuts), convolutions with bias and norm, inputs within -1 .. 1",
-    "GluonCV": "files of MXNet; the network itself is `semseg` with `first_block_dilation=(1, 2)` and "
-    "`dropout_kind=element`",
+    "GluonCV": "files of MXNet; the network itself is `semseg` with `first_block_dilation=(1, 2)`, "
+    "`dropout_kind=element` and sides of 8n",
     "PSPNet-Keras-tensorflow": "files of Keras, made of the Caffe models: convert those (its 101 layers stride in the "
     "1x1 convolution, unlike the originals)",
     "torchvision, keras-hub, scenic, eqxvision": "have no PSPNet",

@@ -106,7 +106,8 @@ def test_docstring_names_the_target_and_what_it_takes(data, depth):
 def test_every_promised_config_is_there():
     names = {path.stem for path in CONFIGS}
     ade20k = {f"ade20k_resnet{depth}" for depth in (18, 101, 152, 269)}
-    others = {"camvid_resnet18", "camvid_resnet50", "folder_resnet50", "ade20k_resnet50_mmseg"}
+    others = {"camvid_resnet18", "camvid_resnet50", "folder_resnet50"}
+    others |= {"ade20k_resnet50_mmseg", "ade20k_resnet50_caffe"}
     assert ade20k | others | {"ade20k", "scenes", "lextal_resnet34"} <= names
 
 
@@ -131,3 +132,13 @@ def test_the_recipe_of_mmsegmentation():
     augment = transforms.resolve(config.augment.to_dict())
     assert augment["base_size"] == (2048, 512)
     assert augment["class_share_max"] == 0.75
+    assert (config.model.family, config.data.crop_size) == ("mmseg", (512, 512))
+
+
+def test_the_recipe_of_the_paper():
+    config = read(CONFIGS[0].parent / "ade20k_resnet50_caffe.py")
+    options = ModelOptions.resolve(config.model.to_dict())
+    assert (options.bottleneck_stride, options.dropout_kind) == ("1x1", "element")
+    assert (config.loss.resolution, config.optimizer.decay_norm_and_bias) == ("eighth", False)
+    assert (config.train.num_steps, config.train.global_batch_size) == (150_000, 16)
+    assert config.evaluate.protocol == "caffe"

@@ -163,8 +163,10 @@ def safetensors_file(content: bytes, rng: random.Random, folder: Path) -> object
 
 def overrides(content: bytes, rng: random.Random, folder: Path) -> object:
     """Random values of random options on the command line, as far as a composed run."""
+    from absl import flags
+
     from pspnet_jax import config as config_module
-    from pspnet_jax import main as main_module
+    from pspnet_jax.verbs import VERBS
 
     values = (
         "",
@@ -187,12 +189,12 @@ def overrides(content: bytes, rng: random.Random, folder: Path) -> object:
     (folder / "config.py").write_text(scenes.read_text())
     for _ in range(rng.randrange(1, 4)):
         words.append(f"--config.{rng.choice(config_module.option_names())}={rng.choice(values)}")
-    verb = main_module.VERBS["train"]
-    found = main_module.flags.FlagValues()
+    verb = VERBS["train"]
+    found = flags.FlagValues()
     try:
         verb.define(found, ["pspnet", *words])
         found(["pspnet", *words])
-    except (main_module.flags.Error, AttributeError, KeyError, TypeError) as error:
+    except (flags.Error, AttributeError, KeyError, TypeError) as error:
         raise ValueError(str(error)) from error  # what the command line calls a wrong command
     from pspnet_jax.compose import compose
 

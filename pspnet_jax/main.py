@@ -1,6 +1,7 @@
 """The command line: `python -m pspnet_jax.main [VERB] ...`, or `pspnet [VERB] ...`; no verb means train.
 
-* Each verb has its own flags, so `VERB --help` is short and a foreign flag or a leftover word is an error.
+* Each verb has its own flags (`verbs`), so `VERB --help` is short and a foreign flag or a leftover word is an
+  error.
 * Nothing heavy is imported before the flags are read.
 * Exit codes: 0 done, 1 a fault in the data, the config, the checkpoint or the machine, 2 a fault in the
   command, 75 the watchdog ended it, 130 interrupted (Ctrl-C), 143 told to end (SIGTERM).
@@ -14,293 +15,21 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from absl import flags
-from ml_collections import config_flags
 
 from pspnet_jax.config import option_names
+from pspnet_jax.verbs import MISSING_CONFIG, USED_OPTIONS, VERBS, Verb, overview, value, verb_help
 
-# Of a config, where a verb does not use all of it. `check` takes any option, so that the command of a
-# training can be checked as it stands.
-_USED_OPTIONS = {
-    "evaluate": (
-        "--config.data.",
-        "--config.evaluate.split=",
-        "--config.evaluate.batch_size=",
-        "--config.evaluate.canvas_gib=",
-    ),
-    "prepare": ("--config.data.", "--config.evaluate.split="),
-}
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _TERMINATED = 128 + signal.SIGTERM
 _PEER_LOST = 128 + signal.SIGABRT  # as where JAX notices it, and aborts
 _LESS_MEMORY = {
     True: "a smaller --config.train.global_batch_size (with more --config.train.accumulate_steps) takes less",
     False: "a smaller --batch_size or --canvas_gib takes less, or a protocol with windows",
-}
-_MISSING_CONFIG = "--config=FILE is missing, e.g. --config=configs/scenes.py"
-
-
-def _define_train(values: flags.FlagValues, argv: list[str]) -> None:
-    _define_config(values, argv)
-    flags.DEFINE_string(
-        "workdir", None, "Folder of the run (default: runs/<name>).", flag_values=values
-    )
-    _define_distributed(values)
-
-
-def _define_evaluate(values: flags.FlagValues, argv: list[str]) -> None:
-    _define_checkpoint(values)
-    _define_config(values, argv)
-    flags.DEFINE_string(
-        "split", None, "Split of the data (default: the config's).", flag_values=values
-    )
-    _define_protocol(values)
-    flags.DEFINE_string("absent_class", None, "In means: skip or zero.", flag_values=values)
-    _define_passes(values)
-    _define_output(values, "Folder of the report (default: in the run).")
-    _define_distributed(values)
-
-
-def _define_predict(values: flags.FlagValues, argv: list[str]) -> None:
-    _define_checkpoint(values)
-    _define_output(values, "Folder of the results.")
-    flags.DEFINE_list(
-        "outputs",
-        ["class_maps", "palette", "overlays", "legend"],
-        "What is written (default: class_maps,palette,overlays,legend).",
-        flag_values=values,
-    )
-    for name, meaning in {
-        "confidence": "Also gray pictures: probability of the class.",
-        "entropy": "Also gray pictures: entropy of the probabilities, 0 .. 1.",
-        "probabilities": "Also float16 [height, width, classes] as .npy files.",
-        "overwrite": "Replace results that exist.",
-        "resume": "Leave out images whose results all exist.",
-    }.items():
-        flags.DEFINE_boolean(name, False, meaning, flag_values=values)
-    flags.DEFINE_string(
-        "submission",
-        None,
-        "Also files for the server of a benchmark: cityscapes or ade20k.",
-        flag_values=values,
-    )
-    _define_protocol(values)
-    _define_passes(values)
-
-
-def _define_prepare(values: flags.FlagValues, argv: list[str]) -> None:
-    _define_config(values, argv)
-    _define_output(values, "Folder that becomes data.root of data.source=prepared.")
-
-
-def _run_train(values: flags.FlagValues, words: list[str]) -> None:
-    from pspnet_jax.train import train
-
-    config = _value(values, "config")
-    if config is None:
-        raise flags.ValidationError(_MISSING_CONFIG)
-    folder = train(config, Path(_value(values, "workdir") or Path("runs") / str(config.name)))
-    print(f"report: {folder / 'report.md'}\npicture: {folder / 'panels' / 'overview.png'}")
-
-
-def _run_evaluate(values: flags.FlagValues, words: list[str]) -> None:
-    from pspnet_jax import evaluate
-
-    evaluate.run(
-        _required(values, "checkpoint"),
-        config=_value(values, "config"),
-        step=_value(values, "step"),
-        split=_value(values, "split"),
-        protocol=_value(values, "protocol"),
-        protocol_options=_protocol_options(values),
-        passes=_passes(values),
-        output=_value(values, "output"),
-    )
-
-
-def _run_predict(values: flags.FlagValues, words: list[str]) -> None:
-    from pspnet_jax import predict
-
-    more = ("confidence", "entropy", "probabilities")
-    predict.run(
-        _required(values, "checkpoint"),
-        words,
-        output=_required(values, "output"),
-        outputs=[*_value(values, "outputs"), *filter(lambda name: _value(values, name), more)],
-        submission=_value(values, "submission"),
-        protocol=_value(values, "protocol"),
-        protocol_options=_protocol_options(values),
-        **_passes(values),
-        overwrite=_value(values, "overwrite"),
-        resume=_value(values, "resume"),
-        step=_value(values, "step"),
-    )
-
-
-def _define_check(values: flags.FlagValues, argv: list[str]) -> None:
-    _define_config(values, argv)
-    _define_output(values, "JSON file for what was found, e.g. check.json.")
-
-
-def _run_check(values: flags.FlagValues, words: list[str]) -> None:
-    from pspnet_jax import check, check_report
-
-    config = _value(values, "config")
-    if config is None:
-        raise flags.ValidationError(_MISSING_CONFIG)
-    found = check.run(config, output=_value(values, "output"))
-    print(check_report.text(found))
-    if found.problems:
-        raise ValueError("these data would stop or spoil a training; the problems are listed above")
-
-
-def _run_prepare(values: flags.FlagValues, words: list[str]) -> None:
-    from pspnet_jax import prepare
-
-    config, output = _value(values, "config"), _required(values, "output")
-    if config is None:
-        raise flags.ValidationError(_MISSING_CONFIG)
-    print(f"prepared: {prepare.run(config, output=output)}")
-
-
-def _define_convert(values: flags.FlagValues, argv: list[str]) -> None:
-    flags.DEFINE_string(
-        "family",
-        "semseg",
-        "Whose file it is: semseg, caffe, mmseg, smp, csail or lextal.",
-        flag_values=values,
-    )
-    flags.DEFINE_string(
-        "labels",
-        None,
-        "Label set of its classes, e.g. ade20k (default: none, it is a backbone).",
-        flag_values=values,
-    )
-    not_told = "; the file does not tell (default: the family's)."
-    flags.DEFINE_list(
-        "pyramid_bins",
-        None,
-        f"Bins per axis of the pyramid's levels, in their order{not_told}",
-        flag_values=values,
-    )
-    flags.DEFINE_boolean(
-        "align_corners", None, f"Rule of bilinear resizes{not_told}", flag_values=values
-    )
-    flags.DEFINE_integer(
-        "output_stride",
-        None,
-        f"Image pixels per feature pixel{not_told}",
-        flag_values=values,
-    )
-    _define_output(values, "Folder of the result.")
-
-
-def _define_export(values: flags.FlagValues, argv: list[str]) -> None:
-    _define_checkpoint(values)
-    flags.DEFINE_string(
-        "format",
-        None,
-        "safetensors: weights under their published names; caffemodel: those of the family caffe; "
-        "stablehlo: a function for jax.export.",
-        flag_values=values,
-    )
-    flags.DEFINE_list(
-        "platforms", None, "Of stablehlo (default: cpu,cuda,tpu).", flag_values=values
-    )
-    _define_output(values, "The file.")
-
-
-def _run_convert(values: flags.FlagValues, words: list[str]) -> None:
-    from pspnet_jax import convert
-
-    convert.run(
-        words,
-        output=_required(values, "output"),
-        family=_value(values, "family"),
-        labels=_value(values, "labels"),
-        pyramid_bins=_numbers(values, "pyramid_bins", int),
-        align_corners=_value(values, "align_corners"),
-        output_stride=_value(values, "output_stride"),
-    )
-
-
-def _run_export(values: flags.FlagValues, words: list[str]) -> None:
-    from pspnet_jax import export
-
-    platforms = _value(values, "platforms")
-    export.run(
-        _required(values, "checkpoint"),
-        format=_required(values, "format"),
-        output=_required(values, "output"),
-        step=_value(values, "step"),
-        platforms=None if platforms is None else tuple(platforms),
-    )
-
-
-@dataclass(frozen=True)
-class Verb:
-    """One verb: what it does, how it is called, its flags, its function."""
-
-    purpose: str
-    usage: str
-    define: Callable[[flags.FlagValues, list[str]], None]
-    run: Callable[[flags.FlagValues, list[str]], None]
-    takes_words: bool = False
-    after_interrupt: str = "the same command starts anew"
-
-
-VERBS = {
-    "train": Verb(
-        "train a network, then evaluate it; the same command resumes",
-        "pspnet --config=configs/scenes.py [--workdir=DIR] [--config.train.num_steps=1000]",
-        _define_train,
-        _run_train,
-        after_interrupt="the same command goes on from the last checkpoint, where there is one",
-    ),
-    "evaluate": Verb(
-        "score a checkpoint on a split, with a report and pictures",
-        "pspnet evaluate --checkpoint=runs/scenes [--step=best|latest|N] [--protocol=semseg] [--scales=0.5,1]",
-        _define_evaluate,
-        _run_evaluate,
-    ),
-    "predict": Verb(
-        "class maps, palette pictures and overlays of images",
-        "pspnet predict --checkpoint=runs/scenes --output=DIR [--resume] [--confidence] [--protocol=semseg] IMAGE_FOLDER_OR_PATTERN...",
-        _define_predict,
-        _run_predict,
-        takes_words=True,
-        after_interrupt="the same command with --resume does the images that are left",
-    ),
-    "check": Verb(
-        "read all images and masks of a config's data and report what is wrong",
-        "pspnet check --config=FILE [--config.data.root=DIR] [--output=check.json]",
-        _define_check,
-        _run_check,
-    ),
-    "prepare": Verb(
-        "a folder of images and masks as a few large files, for data.source=prepared",
-        "pspnet prepare --config=FILE --config.data.root=FOLDER --output=DIR",
-        _define_prepare,
-        _run_prepare,
-    ),
-    "convert": Verb(
-        "published weights into a model to evaluate, predict with or start from",
-        "pspnet convert [--family=semseg] --labels=ade20k --output=DIR WEIGHTS... (no --labels: a backbone)",
-        _define_convert,
-        _run_convert,
-        takes_words=True,
-    ),
-    "export": Verb(
-        "a model as a file for other programs: weights with published names, or a function",
-        "pspnet export --checkpoint=DIR --format=safetensors|caffemodel|stablehlo --output=FILE",
-        _define_export,
-        _run_export,
-    ),
 }
 
 
@@ -335,36 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _run(verb, values, words)
 
 
-def overview() -> str:
-    """What `pspnet --help` prints."""
-    lines = ["pspnet: scene parsing with PSPNet in JAX", ""]
-    for name, verb in VERBS.items():
-        lines += [f"  {name:<10}{verb.purpose}", f"            {verb.usage}"]
-    return "\n".join([*lines, "", "pspnet VERB --help lists the flags of a verb."])
-
-
-def verb_help(name: str) -> str:
-    """What `pspnet VERB --help` prints."""
-    values = flags.FlagValues()
-    verb = VERBS[name]
-    verb.define(values, ["pspnet"])
-    lines = [f"pspnet {name}: {verb.purpose}", "", f"usage: {verb.usage}", ""]
-    for flag_name in sorted(values):
-        if flag_name in ("help", "helpshort", "helpfull", "helpxml", "flagfile", "undefok"):
-            continue
-        lines.append(f"  --{flag_name:<14}{values[flag_name].help}")
-    if name in _USED_OPTIONS:
-        used = ", ".join(f"{option}*" for option in _USED_OPTIONS[name])
-        lines += ["", f"options of the config: {used}"]
-    elif "config" in values:
-        lines += ["", "options (--config.NAME=VALUE; explained in pspnet_jax/config.py):"]
-        lines += [f"  {option}" for option in option_names()]
-    return "\n".join(lines)
-
-
 def _refuse_unused_options(verb: str, argv: list[str]) -> None:
     """Some verbs take only the data from a config; the rest of it must not be changed in vain."""
-    used = _USED_OPTIONS.get(verb, ("--config.",))
+    used = USED_OPTIONS.get(verb, ("--config.",))
     unused = [
         word.split("=")[0]
         for word in argv
@@ -383,121 +85,6 @@ def _refuse_unused_options(verb: str, argv: list[str]) -> None:
     )
 
 
-def _define_config(values: flags.FlagValues, argv: list[str]) -> None:
-    config_flags.DEFINE_config_file(
-        "config", None, "Config file, e.g. configs/scenes.py.", flag_values=values, sys_argv=argv
-    )
-
-
-def _define_distributed(values: flags.FlagValues) -> None:
-    flags.DEFINE_enum(
-        "distributed",
-        "auto",
-        ["auto", "on", "off"],
-        "Join other processes: auto (where the environment names several), on or off.",
-        flag_values=values,
-    )
-
-
-def _define_checkpoint(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("checkpoint", None, "Folder of a run.", flag_values=values)
-    flags.DEFINE_string(
-        "step", "best", "best (default), latest, or a step number.", flag_values=values
-    )
-
-
-def _define_output(values: flags.FlagValues, meaning: str) -> None:
-    flags.DEFINE_string("output", None, meaning, flag_values=values)
-
-
-def _define_protocol(values: flags.FlagValues) -> None:
-    flags.DEFINE_string(
-        "protocol",
-        None,
-        "whole, semseg, caffe, mmseg-whole, mmseg-slide or csail (default: the checkpoint's).",
-        flag_values=values,
-    )
-    flags.DEFINE_list(
-        "scales", None, "Factors of base_size, e.g. 0.5,0.75,1,1.25,1.5,1.75.", flag_values=values
-    )
-    flags.DEFINE_boolean(
-        "flip", None, "Average with the mirror image; --noflip: do not.", flag_values=values
-    )
-    flags.DEFINE_integer(
-        "base_size",
-        None,
-        "Long (mmseg, csail: short) side at scale 1, pixels (default: label set's).",
-        flag_values=values,
-    )
-    flags.DEFINE_integer(
-        "max_size", None, "Limit of the long side, pixels (mmseg, csail).", flag_values=values
-    )
-    flags.DEFINE_list("crop_size", None, "Of windows: 473 or 473,713 pixels.", flag_values=values)
-    flags.DEFINE_list(
-        "stride", None, "Between windows, pixels (default: crop_size * 2/3).", flag_values=values
-    )
-
-
-def _define_passes(values: flags.FlagValues) -> None:
-    flags.DEFINE_integer(
-        "batch_size",
-        None,
-        "Windows, or images of equal size, in one pass (default: the config's, else 1).",
-        flag_values=values,
-    )
-    flags.DEFINE_float(
-        "canvas_gib",
-        None,
-        "Memory for scores of unfinished images, GiB (default: the config's, else 2).",
-        flag_values=values,
-    )
-
-
-def _passes(values: flags.FlagValues) -> dict[str, Any]:
-    """What of the size of passes the flags change."""
-    options = {name: _value(values, name) for name in ("batch_size", "canvas_gib")}
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _protocol_options(values: flags.FlagValues) -> dict[str, Any]:
-    """What of a protocol the flags change."""
-    options = {
-        "scales": _numbers(values, "scales", float),
-        "flip": _value(values, "flip"),
-        "base_size": _value(values, "base_size"),
-        "absent_class": _value(values, "absent_class") if "absent_class" in values else None,
-        "max_size": _value(values, "max_size"),
-        "crop_size": _pair(values, "crop_size"),
-        "stride": _pair(values, "stride"),
-    }
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _value(values: flags.FlagValues, name: str) -> Any:
-    return values[name].value
-
-
-def _numbers(values: flags.FlagValues, name: str, kind: type) -> tuple | None:
-    words = _value(values, name)
-    try:
-        return None if words is None else tuple(map(kind, words))
-    except ValueError:
-        raise flags.ValidationError(f"--{name}={','.join(words)} must be numbers") from None
-
-
-def _pair(values: flags.FlagValues, name: str) -> tuple[int, int] | None:
-    """Height and width; one number stands for both."""
-    numbers = _numbers(values, name, int)
-    return numbers * 2 if numbers is not None and len(numbers) == 1 else numbers
-
-
-def _required(values: flags.FlagValues, name: str) -> Any:
-    value = _value(values, name)
-    if value is None or value == "":
-        raise flags.ValidationError(f"--{name}=... is missing")
-    return value
-
-
 def _run(verb: Verb, values: flags.FlagValues, words: list[str]) -> int:
     from pspnet_jax import processes, programs
     from pspnet_jax.metric_writer import log, log_to
@@ -506,7 +93,7 @@ def _run(verb: Verb, values: flags.FlagValues, words: list[str]) -> int:
     programs.keep()
     try:
         if "distributed" in values:
-            processes.meet(_value(values, "distributed"))
+            processes.meet(value(values, "distributed"))
         verb.run(values, words)
         log.debug("exit code 0: done")
         return 0
@@ -556,7 +143,7 @@ def _is_of_several() -> bool:
 def _explain(error: Exception, argv: list[str]) -> str:
     text = str(error).strip("\"'")
     if any(a.startswith("--config.") for a in argv) and _config_file(argv) is None:
-        return _MISSING_CONFIG
+        return MISSING_CONFIG
     for name in re.findall(r"--config\.([\w.]+)", " ".join(argv)):
         if name not in option_names():
             return f"unknown option --config.{name}{_nearest(name, option_names())}"

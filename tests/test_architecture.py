@@ -51,7 +51,7 @@ LAYERS = [
         "export",
     ],
     ["run", "compose", "train"],
-    ["main"],
+    ["verbs", "main"],
     ["__init__"],
 ]
 # Within a folder, in the order of the flow.

@@ -22,6 +22,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import caffe_prototxt
 import caffe_torch
@@ -81,8 +82,6 @@ def main() -> None:
 
 def compare_smp() -> Iterator[str]:
     """Each depth it has of ours, and deeper cuts."""
-    import segmentation_models_pytorch as smp  # pyrefly: ignore
-
     for backbone, depth in (
         ("resnet18", 3),
         ("resnet34", 3),
@@ -91,14 +90,7 @@ def compare_smp() -> Iterator[str]:
         ("resnet50", 5),
         ("resnet101", 4),
     ):
-        theirs = smp.PSPNet(
-            backbone,
-            encoder_weights=None,
-            encoder_depth=depth,
-            upsampling=2**depth,
-            classes=NUM_CLASSES,
-        )
-        randomize(theirs)
+        theirs = random_smp(backbone, depth)
         ours = SMPPSPNet(backbone, NUM_CLASSES, encoder_depth=depth)
         ours.load_state_dict(theirs.state_dict(), strict=True)
         found = []
@@ -109,17 +101,27 @@ def compare_smp() -> Iterator[str]:
         yield describe(f"smp {backbone}, encoder depth {depth}", ours, found)
 
 
+def random_smp(backbone: str, depth: int) -> nn.Module:
+    """Its network with a cut after a stage, random."""
+    import segmentation_models_pytorch as smp  # pyrefly: ignore
+
+    model = smp.PSPNet(
+        backbone,
+        encoder_weights=None,
+        encoder_depth=depth,
+        upsampling=2**depth,
+        classes=NUM_CLASSES,
+    )
+    randomize(model)
+    return model
+
+
 def compare_csail() -> Iterator[str]:
     """Its three depths; it returns log-probabilities, and at image size probabilities."""
-    from mit_semseg.models import models, resnet  # pyrefly: ignore
-
     for backbone, stride in (("resnet18", 8), ("resnet50", 8), ("resnet50", 16), ("resnet101", 8)):
-        encoder = models.ResnetDilated(getattr(resnet, backbone)(), dilate_scale=stride)
-        channels = 512 if backbone == "resnet18" else 2048
-        decoder = models.PPMDeepsup(num_class=NUM_CLASSES, fc_dim=channels)
+        encoder, decoder = random_csail(backbone, stride=stride)
         ours = CSAILPSPNet(backbone, NUM_CLASSES, output_stride=stride, dropout_rate=0.0)
         for theirs, mine in ((encoder, ours.encoder), (decoder, ours.decoder)):
-            randomize(theirs)
             state = theirs.state_dict()
             mine.load_state_dict(
                 {key: x for key, x in state.items() if not CSAIL_EXTRA.fullmatch(key)}, strict=True
@@ -143,8 +145,47 @@ def compare_csail() -> Iterator[str]:
         yield describe(f"csail {backbone}, stride {stride}", ours, found)
 
 
+def random_csail(
+    backbone: str, *, stride: int = 8, decoder: str = "PPMDeepsup"
+) -> tuple[nn.Module, nn.Module]:
+    """Its encoder and decoder, random."""
+    from mit_semseg.models import models, resnet  # pyrefly: ignore
+
+    encoder = models.ResnetDilated(getattr(resnet, backbone)(), dilate_scale=stride)
+    channels = 512 if backbone == "resnet18" else 2048
+    parts = (encoder, getattr(models, decoder)(num_class=NUM_CLASSES, fc_dim=channels))
+    for part in parts:
+        randomize(part)
+    return parts
+
+
 def compare_mmseg() -> Iterator[str]:
     """Networks of its config files."""
+    for name, options in MMSEG_CONFIGS.items():
+        theirs, config = random_mmseg(name)
+        num_classes = config.model.decode_head.num_classes
+        ours = MMSegPSPNet(num_classes=num_classes, dropout_rate=0.0, **options)
+        ours.load_state_dict(theirs.state_dict(), strict=True)
+        found = []
+        for size in ((96, 96), (75, 62), (137, 130)):
+            images, _ = draw_images(size)
+            inputs = prepare_mmseg(images, config)
+            with torch.no_grad():
+                expected = evaluate_mmseg(theirs, inputs)
+                maps = theirs.extract_feat(inputs)
+                expected_aux = theirs.auxiliary_head(maps)
+            scores = evaluate(ours, images)
+            found.append(difference(ours.at_image_size(scores.logits, size), expected))
+            found.append(difference(scores.aux_logits, expected_aux))
+        maps = train(theirs.backbone, inputs)
+        expected = [train(head, maps) for head in (theirs.decode_head, theirs.auxiliary_head)]
+        found += [difference(*pair) for pair in zip(train(ours, images), expected, strict=True)]
+        found.append(of_statistics(ours, theirs))
+        yield describe(f"mmseg {name}", ours, found)
+
+
+def random_mmseg(name: str) -> tuple[nn.Module, Any]:
+    """The network of a config file of its, random, and the config."""
     if (
         importlib.util.find_spec("mmcv._ext") is None
     ):  # mmcv-lite: no operations, and no PSPNet has any
@@ -157,34 +198,25 @@ def compare_mmseg() -> Iterator[str]:
 
     register_all_modules()
     folder = Path(mmseg.__file__).parent / ".mim/configs/pspnet"
-    for name, options in MMSEG_CONFIGS.items():
-        config = mmengine.Config.fromfile(folder / f"{name}.py").model
-        config.pretrained = None
-        num_classes = config.decode_head.num_classes
-        theirs = revert_sync_batchnorm(MODELS.build(config)).double()
-        randomize(theirs)
-        ours = MMSegPSPNet(num_classes=num_classes, dropout_rate=0.0, **options)
-        ours.load_state_dict(theirs.state_dict(), strict=True)
-        mean, std = (
-            torch.tensor(config.data_preprocessor[key])[:, None, None] for key in ("mean", "std")
-        )
-        found = []
-        for size in ((96, 96), (75, 62), (137, 130)):
-            images, _ = draw_images(size)
-            inputs = (images - mean) / std
-            theirs.eval()
-            with torch.no_grad():
-                expected = theirs.encode_decode(inputs, [{"img_shape": size}] * len(images))
-                maps = theirs.extract_feat(inputs)
-                expected_aux = theirs.auxiliary_head(maps)
-            scores = evaluate(ours, images)
-            found.append(difference(ours.at_image_size(scores.logits, size), expected))
-            found.append(difference(scores.aux_logits, expected_aux))
-        maps = train(theirs.backbone, inputs)
-        expected = [train(head, maps) for head in (theirs.decode_head, theirs.auxiliary_head)]
-        found += [difference(*pair) for pair in zip(train(ours, images), expected, strict=True)]
-        found.append(of_statistics(ours, theirs))
-        yield describe(f"mmseg {name}", ours, found)
+    config = mmengine.Config.fromfile(folder / f"{name}.py")
+    config.model.pretrained = None
+    model = revert_sync_batchnorm(MODELS.build(config.model)).to(torch.get_default_dtype())
+    randomize(model)
+    return model, config
+
+
+def prepare_mmseg(images: Tensor, config: Any) -> Tensor:
+    """8-bit RGB normalized as a config file says."""
+    preprocessor = config.model.data_preprocessor
+    mean, std = (torch.tensor(preprocessor[key])[:, None, None] for key in ("mean", "std"))
+    return (images - mean) / std
+
+
+def evaluate_mmseg(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Its logits at image size."""
+    with torch.no_grad():
+        information = [{"img_shape": tuple(inputs.shape[2:])}] * len(inputs)
+        return model.eval().encode_decode(inputs, information)  # pyrefly: ignore
 
 
 def compare_caffe(checkout: Path) -> Iterator[str]:

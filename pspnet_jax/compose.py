@@ -192,6 +192,6 @@ def _make_optimizer(config: ConfigDict) -> tuple[Schedule, optax.GradientTransfo
 
 def _check_crop_size(crop_size: tuple[int, int], options: ModelOptions) -> None:
     try:
-        check_size(crop_size, FAMILIES[options.family])
+        check_size(crop_size, options.size_rule)
     except ValueError as error:
         raise ValueError(f"data.crop_size: {error}") from None

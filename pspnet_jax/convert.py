@@ -211,7 +211,8 @@ def infer_options(
     stage1 = width * DEPTHS[section["backbone"]][0].expansion  # channels that it gives
     levels = [s for p, s in shapes.items() if p.startswith("pyramid.") and len(s) == 4]
     num_stages = _num_stages(levels, stage1)
-    if num_stages < 4:
+    # Families that cut networks off do not dilate those that they do not cut.
+    if levels and min(num_stages, FAMILIES[family].options["num_stages"]) < 4:
         section["num_stages"] = num_stages
         section["output_stride"] = section["output_stride"] or 2 ** (num_stages + 1)
     channels, bins = stage1 * 2 ** (num_stages - 1), section["pyramid_bins"]

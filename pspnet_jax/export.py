@@ -22,7 +22,7 @@ from flax import nnx
 
 from pspnet_jax.checkpoint import flatten
 from pspnet_jax.metric_writer import write_whole
-from pspnet_jax.models.families import FAMILIES, ModelOptions
+from pspnet_jax.models.families import ModelOptions
 from pspnet_jax.passes import structure
 from pspnet_jax.pretrained import OPTIONS, UNTOLD_OPTIONS
 from pspnet_jax.segmenter import (
@@ -201,13 +201,13 @@ def exported_function(stored: StoredModel, *, platforms: tuple[str, ...]) -> jax
 def smallest_side(description: Description) -> int:
     """The smallest height and width of images, pixels, whose feature maps are not empty."""
     graphdef, *arrays = structure(description.network())
-    family = FAMILIES[description.model.family]
+    rule = description.model.size_rule
 
     def feature_maps(params, batch_stats, images):
         return nnx.merge(graphdef, params, batch_stats).backbone(images, train=False).last
 
     def is_empty(side: int) -> bool:
-        shape = (1, family.padded(side), family.padded(side), 3)
+        shape = (1, rule.padded(side), rule.padded(side), 3)
         images = jax.ShapeDtypeStruct(shape, np.float32)
         return 0 in jax.eval_shape(feature_maps, *arrays, images).shape
 
@@ -219,7 +219,6 @@ def describe(
 ) -> Mapping[str, Any]:
     """What FILE.json holds: whatever is needed to use the function, and where it comes from."""
     label_set, model = stored.description.label_set, stored.description.model
-    family = FAMILIES[model.family]
     return {
         "input": {
             "dtype": "uint8",
@@ -240,10 +239,7 @@ def describe(
         "checkpoint": {"path": checkpoint, "step": stored.step, "digest": stored.digest},
         "inside": {
             "normalization": asdict(stored.description.normalization),
-            "sides_padded_to": {
-                "multiple": family.size_multiple,
-                "remainder": family.size_remainder,
-            },
+            "sides_padded_to": asdict(model.size_rule),
             "model": asdict(model),
         },
     }

@@ -17,7 +17,7 @@ from pspnet_jax import canvas as canvas_module
 from pspnet_jax.arrays import Images, Labels, Logits, RawImages
 from pspnet_jax.canvas import AxisTaps, Tile, Wanted
 from pspnet_jax.checkpoint import Tree
-from pspnet_jax.models.families import FAMILIES, ModelOptions, Normalization
+from pspnet_jax.models.families import ModelOptions, Normalization
 from pspnet_jax.models.layers import NoRandomNumbers
 from pspnet_jax.models.pspnet import PSPNet
 from pspnet_jax.resample import Maps, Platform, resize
@@ -58,8 +58,8 @@ def _scores_of(params: Tree, batch_stats: Tree, images: Images, *, network: Netw
 def _logits_of(params: Tree, batch_stats: Tree, images: Images, *, network: Network) -> Logits:
     """Logits of normalized images, at their own size."""
     height, width = images.shape[1:3]
-    family = FAMILIES[network.model.family]
-    padded = (family.padded(height), family.padded(width))
+    rule = network.model.size_rule
+    padded = (rule.padded(height), rule.padded(width))
     # Normalized, the mean color is 0.
     images = jnp.pad(images, ((0, 0), (0, padded[0] - height), (0, padded[1] - width), (0, 0)))
     scores = _scores_of(params, batch_stats, images, network=network)

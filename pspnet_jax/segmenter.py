@@ -36,7 +36,7 @@ from pspnet_jax.arrays import (
 from pspnet_jax.canvas import Wanted
 from pspnet_jax.catalog import LabelSet
 from pspnet_jax.checkpoint import CheckpointFolder, Tree, check_same_shapes
-from pspnet_jax.models.families import FAMILIES, ModelOptions, Normalization
+from pspnet_jax.models.families import ModelOptions, Normalization
 from pspnet_jax.passes import Network
 from pspnet_jax.protocols import Protocol
 from pspnet_jax.resample import Platform
@@ -209,7 +209,7 @@ class Segmenter:
         return stream.whole(
             checked,
             chosen,
-            network=NetworkRule(FAMILIES[self.description.model.family].padded, self._resize_rule),
+            network=NetworkRule(self.description.model.size_rule.padded, self._resize_rule),
             num_lanes=self._mesh.size,
             batch_size=batch_size,
             score=self._score,
@@ -283,8 +283,8 @@ class Segmenter:
     def _score(self, images: AnyArray) -> jax.Array:
         """Scores of raw images at the network's resolution; sizes that it pads alike compile once."""
         height, width = images.shape[1:3]
-        family = FAMILIES[self.description.model.family]
-        after = (family.padded(height) - height, family.padded(width) - width)
+        rule = self.description.model.size_rule
+        after = (rule.padded(height) - height, rule.padded(width) - width)
         padded = np.pad(images, ((0, 0), (0, after[0]), (0, after[1]), (0, 0)))
         size = np.array([height, width], np.int32)
         return passes.head_scores(*self._state, self._split(padded), size, network=self._network)

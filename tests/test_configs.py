@@ -9,7 +9,7 @@ import pytest
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.config import validate
 from pspnet_jax.data import transforms
-from pspnet_jax.models.families import FAMILIES, ModelOptions, check_size
+from pspnet_jax.models.families import ModelOptions, check_size
 
 BUDGET_SECONDS = 20
 
@@ -33,7 +33,7 @@ def test_config_makes_a_valid_network(path, tmp_path, monkeypatch):
     label_set = load_label_set(config.data.labels)
     options = ModelOptions.resolve(config.model.to_dict())
     transforms.resolve(config.augment.to_dict())
-    check_size(config.data.crop_size or label_set.crop_size, FAMILIES[options.family])
+    check_size(config.data.crop_size or label_set.crop_size, options.size_rule)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

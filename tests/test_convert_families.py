@@ -326,6 +326,25 @@ def test_backbones_of_mmsegmentation_and_for_smp(tmp_path):
     )
 
 
+@pytest.mark.parametrize("num_stages", [2, 3, 4])
+def test_smp_cuts_off_and_never_dilates(num_stages, tmp_path, labels):
+    """Also at encoder_depth 5; images are padded to multiples of the stride, as its networks ask for."""
+    stride = 2 ** (num_stages + 1)
+    wanted = options(family="smp", backbone="resnet18", num_stages=num_stages, output_stride=stride)
+    safetensors.write(tmp_path / "w.safetensors", drawn(wanted), {"format": "pt"})
+    output = convert.run(
+        [str(tmp_path / "w.safetensors")], family="smp", labels=labels, output=str(tmp_path / "m")
+    )
+    segmenter = pspnet_jax.load(output)
+    assert segmenter.description.model == wanted
+    images = np.random.default_rng(0).normal(size=(1, 40, 72, 3)).astype(np.float32)
+    sides = [side + -side % stride for side in (40, 72)]
+    padded = np.zeros((1, *sides, 3), np.float32)
+    padded[:, :40, :72] = images
+    expected = np.asarray(segmenter.logits(padded))[:, :40, :72]
+    np.testing.assert_allclose(np.asarray(segmenter.logits(images)), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_head_that_files_do_not_have_is_left_out_and_said(tmp_path, labels, monkeypatch):
     said = []
     monkeypatch.setattr(export.log, "info", lambda text, *values: said.append(text % values))

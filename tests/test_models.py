@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from pspnet_jax.models.densenet import DenseNet
-from pspnet_jax.models.families import FAMILIES, ModelOptions
+from pspnet_jax.models.families import ModelOptions, check_size
 from pspnet_jax.models.layers import (
     TORCH_DEFAULT,
     BatchNorm,
@@ -562,8 +562,14 @@ def test_size_rule_names_the_nearest_sizes():
         ValueError, match=r"480 .* must be 8k \+ 1, with a whole k \(nearest: 473, 481\)"
     ):
         network()(jnp.zeros((1, 480, 473, 3)))
-    padded = [FAMILIES["semseg"].padded(side) for side in (1, 2, 9, 10, 473, 474, 480)]
+    padded = [
+        options(family="semseg").size_rule.padded(side) for side in (1, 2, 9, 10, 473, 474, 480)
+    ]
     assert padded == [1, 9, 9, 17, 473, 481, 481]
+    deep = options(family="smp", num_stages=4, output_stride=32)
+    assert [deep.size_rule.padded(side) for side in (1, 32, 480, 481)] == [32, 32, 480, 512]
+    with pytest.raises(ValueError, match=r"473 .* must be 32k, .* \(nearest: 448, 480\)"):
+        check_size((480, 473), deep.size_rule)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pspnet_jax.weights import pytorch
+from pspnet_jax.weights import pickles, pytorch
 from pspnet_jax.weights.pytorch import WeightsFileError, read
 
 BUDGET_SECONDS = 40
@@ -177,6 +177,25 @@ def test_storages_of_a_gpu_and_what_stands_beside_the_weights(tmp_path):
     assert read(path)["weight"].tolist() == [1, 1]
 
 
+def mmengine_log(values):
+    """As mmengine's runner leaves it beside the weights: a class, and its methods by `getattr`."""
+    name = Reference("mmengine.logging.history_buffer HistoryBuffer")
+    methods = {"mean": Reference("__builtin__ getattr", name, "mean")}
+    text = b"X" + struct.pack("<I", len(values)) + values
+    encoded = Reference("_codecs encode", text, "latin1")
+    return {"train/loss": [name, {"_log_history": encoded, "statistics_methods": methods}]}
+
+
+def test_a_long_log_beside_the_weights(tmp_path):
+    top = {
+        "message_hub": mmengine_log("ÿ".encode() * 2**23),
+        "state_dict": {"a": tensor(storage())},
+    }
+    path = write_zip(tmp_path / "a.pth", top, {"data/0": bytes(8)})
+    assert path.stat().st_size > 2**24
+    assert read(path)["a"].tolist() == [0, 0]
+
+
 def test_what_stands_beside_the_weights_is_not_read(tmp_path):
     """A damaged optimizer does not matter; an optimizer of another size costs nothing."""
     data = {"data/0": bytes(8), "data/1": bytes(2**20)}
@@ -261,6 +280,15 @@ def test_names_that_weights_do_not_need_are_refused(tmp_path, name):
     with pytest.raises(WeightsFileError, match="is refused: it refers to") as caught:
         read(write_zip(tmp_path / "a.pth", top, {"data/0": bytes(8)}))
     assert repr(name.replace(" ", ".")) in str(caught.value)
+
+
+def test_methods_of_logs_alone_are_referred_to(tmp_path):
+    top = {
+        "a": tensor(storage()),
+        "b": Reference("__builtin__ getattr", Reference("_codecs encode"), "x"),
+    }
+    with pytest.raises(WeightsFileError, match=r"is refused: it refers to '__builtin__\.getattr'"):
+        read(write_zip(tmp_path / "a.pth", top, {"data/0": bytes(8)}))
 
 
 def test_harmless_names_are_never_called(tmp_path):
@@ -518,6 +546,13 @@ def test_few_instructions_cannot_make_much_work(tmp_path):
     copies = b"h\x01h\x00\x85R0" * 3_000
     data = b"\x80\x02ccollections\nOrderedDict\nq\x010" + pairs + copies + b"."
     assert peak_of_refusal(write_zip(tmp_path / "a.pth", data), "again and again") < 2**26
+
+
+def test_more_instructions_than_any_file_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(pickles, "_MAX_INSTRUCTIONS", 1000)
+    data = b"\x80\x02" + b"N0" * 500 + b"."
+    with pytest.raises(WeightsFileError, match="more than 1000 instructions"):
+        read(write_zip(tmp_path / "a.pth", data))
 
 
 def test_deep_nesting_is_no_recursion(tmp_path):

@@ -77,7 +77,8 @@ class Family:
     normalization: Normalization
     protocol: str
     """Under which its published figures were found (a key of `protocols.PROTOCOLS`)."""
-    size_multiple: int
+    size_multiple: int | None
+    """None: the network's stride, whatever that is."""
     size_remainder: int
     aux_weight: float
     presence_weight: float
@@ -85,9 +86,17 @@ class Family:
     by_backbone: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Backbone -> options of its own."""
 
+
+@dataclass(frozen=True)
+class SizeRule:
+    """The sides of images that a network takes: multiple * k + remainder."""
+
+    multiple: int
+    remainder: int
+
     def padded(self, size: Size) -> Size:
-        """The smallest side that obeys the size rule and is not below `size`."""
-        multiple, remainder = self.size_multiple, self.size_remainder
+        """The smallest side that obeys the rule and is not below `size`."""
+        multiple, remainder = self.multiple, self.remainder
         # Written as multiple * k + remainder, so that it also shows where `size` is a symbol (`export`).
         return multiple * -((remainder - size) // multiple) + remainder
 
@@ -173,7 +182,7 @@ FAMILIES = {
         source="qubvel-org/segmentation_models.pytorch: the map of stage 2 instead of dilation (encoder_depth 3)",
         normalization=IMAGENET_8BIT,
         protocol="whole",
-        size_multiple=8,
+        size_multiple=None,
         size_remainder=0,
         aux_weight=0.0,
         presence_weight=0.0,
@@ -316,6 +325,11 @@ class ModelOptions:
         options._check()
         return options
 
+    @property
+    def size_rule(self) -> SizeRule:
+        family = FAMILIES[self.family]
+        return SizeRule(family.size_multiple or self.output_stride, family.size_remainder)
+
     def _check(self) -> None:
         if self.backbone in resnet.DEPTHS:
             _known("stem", self.stem, resnet.STEMS)
@@ -345,16 +359,15 @@ class ModelOptions:
             )
 
 
-def check_size(size: Pair, family: Family) -> None:
-    """Raise where a (height, width) breaks the family's size rule, naming the nearest that obey it."""
-    wrong = [side for side in size if (side - family.size_remainder) % family.size_multiple != 0]
+def check_size(size: Pair, rule: SizeRule) -> None:
+    """Raise where a (height, width) breaks a size rule, naming the nearest that obey it."""
+    wrong = [side for side in size if (side - rule.remainder) % rule.multiple != 0]
     if wrong:
-        above = family.padded(wrong[0])
-        remainder = f" + {family.size_remainder}" if family.size_remainder else ""
-        rule = f"{family.size_multiple}k{remainder}, with a whole k"
+        above = rule.padded(wrong[0])
+        remainder = f" + {rule.remainder}" if rule.remainder else ""
         raise ValueError(
-            f"a side of {wrong[0]} pixels in (height, width) = {size} must be {rule} "
-            f"(nearest: {above - family.size_multiple}, {above})"
+            f"a side of {wrong[0]} pixels in (height, width) = {size} must be {rule.multiple}k{remainder}, "
+            f"with a whole k (nearest: {above - rule.multiple}, {above})"
         )
 
 

@@ -19,7 +19,6 @@ from pspnet_jax.models.convolution import check_platform
 from pspnet_jax.models.families import (
     AUX_HEADS,
     DTYPES,
-    FAMILIES,
     INITIALIZERS,
     ModelOptions,
     check_size,
@@ -119,7 +118,7 @@ class PSPNet(nnx.Module):
         """Class scores of normalized images, at head resolution.
 
         Args:
-            images: [batch, height, width, 3], sides obeying the family's size rule.
+            images: [batch, height, width, 3], sides obeying the size rule.
             train: batch statistics and dropout on; the auxiliary head runs.
             key: for dropout; needed in training.
 
@@ -129,7 +128,7 @@ class PSPNet(nnx.Module):
         Raises:
             ValueError: for a side that breaks the size rule, with the nearest that obey it.
         """
-        check_size((images.shape[1], images.shape[2]), FAMILIES[self.options.family])
+        check_size((images.shape[1], images.shape[2]), self.options.size_rule)
         head_key, aux_key = (None, None) if key is None else jax.random.split(key)
         features = self.backbone(jnp.asarray(images), train=train)
         pyramid = self.pyramid(features.last, train=train)

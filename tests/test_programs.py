@@ -66,6 +66,21 @@ def test_a_home_that_cannot_be_written_is_no_error(tmp_path):
     assert compile_in_a_new_process(XDG_CACHE_HOME=str(tmp_path / "file")) == ["0", "None"]
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_only_the_compiler_for_cpus_is_told_to_leave_a_pass_out(platform, monkeypatch):
+    """On other devices barriers would stay in the program."""
+    original, asked = jax.stages.Lowered.compile, []
+
+    def compile_noting(lowered, compiler_options):
+        asked.append(compiler_options)
+        return original(lowered)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compile_noting)
+    programs.compile_step(jax.jit(lambda x: x + 1), 1.0, platform=platform)
+    left_out = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+    assert asked == [left_out if platform == "cpu" else {}]
+
+
 def resident_bytes() -> int:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")

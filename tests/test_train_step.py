@@ -165,19 +165,29 @@ def test_dropout_follows_seed_and_step():
     assert step(later, batch)[1]["loss"] != first
 
 
-def test_loss_that_is_not_finite_changes_nothing_but_the_counters():
+@pytest.mark.parametrize("factor", [np.nan, 1e30], ids=["loss", "gradient"])
+def test_what_is_not_finite_changes_nothing_but_the_counters(factor):
+    """The loss, or the gradient of a finite one."""
     state, step = small_step()
     kernel = state.params["head"]["classifier"]["kernel"]
     broken = jax.tree.map(lambda x: x, state)
-    broken.params["head"]["classifier"]["kernel"] = kernel.at[0, 0, 0, 0].set(jnp.nan)
+    broken.params["head"]["classifier"]["kernel"] = kernel * jnp.float32(factor)
     after, metrics = step(broken, make_batch())
-    assert not np.isfinite(metrics["loss"])
+    assert np.isfinite(metrics["loss"]) == np.isfinite(factor)
+    assert not np.isfinite(metrics["gradient_norm"])
     assert (int(after.step), int(after.skipped_steps)) == (1, 1)
     for name in ("params", "batch_stats", "opt_state"):
         for a, b in zip(
             *map(jax.tree.leaves, (getattr(after, name), getattr(broken, name))), strict=True
         ):
             np.testing.assert_array_equal(a, b)
+
+
+def test_skipped_steps_do_not_move_the_schedule():
+    state, step = small_step()
+    later = state.replace(step=jnp.asarray(5, jnp.int32), skipped_steps=jnp.asarray(2, jnp.int32))
+    _, metrics = step(later, make_batch())
+    assert float(metrics["learning_rate"]) == pytest.approx(0.01 * (1 - 3 / 10) ** 0.9, rel=1e-5)
 
 
 def test_everything_ignored_gives_no_loss_and_only_decay():

@@ -106,13 +106,12 @@ def auxiliary(options: ModelOptions) -> str:
     return ", ".join(named) or "none"
 
 
-def size_rule(family: Family) -> str:
+def size_rule(options: ModelOptions) -> str:
     """Of the sides of images."""
-    if family.size_multiple == 1:
+    rule = options.size_rule
+    if rule.multiple == 1:
         return "any"
-    return f"{family.size_multiple}n" + (
-        f" + {family.size_remainder}" * bool(family.size_remainder)
-    )
+    return f"{rule.multiple}n" + (f" + {rule.remainder}" if rule.remainder else "")
 
 
 ROWS: dict[str, Cell] = {
@@ -129,7 +128,7 @@ ROWS: dict[str, Cell] = {
     "input": lambda family, o: (
         "RGB, mean and deviation" if family.normalization.std[0] > 1 else "mean only (BGR)"
     ),
-    "sides": lambda family, o: size_rule(family),
+    "sides": lambda family, o: by_depth(o, size_rule),
     "default protocol": lambda family, o: f"`{family.protocol}`",
 }
 

@@ -149,12 +149,13 @@ def test_half_of_an_odd_width_is_refused():
     ("family", "sizes"), [("mmseg", (5, 64, 97)), ("csail", (8, 64)), ("caffe", (9, 473))]
 )
 def test_rules_of_sizes(family, sizes):
+    rule = options(family=family).size_rule
     for size in sizes:
-        check_size((size, size), FAMILIES[family])
-        assert FAMILIES[family].padded(size) == size
+        check_size((size, size), rule)
+        assert rule.padded(size) == size
     if family != "mmseg":
         with pytest.raises(ValueError, match="a side of 61 pixels"):
-            check_size((61, 64 if family == "csail" else 65), FAMILIES[family])
+            check_size((61, 64 if family == "csail" else 65), rule)
 
 
 # Standard deviation of a kernel [k, k, in, out], and of its family of distributions the kurtosis.

@@ -42,9 +42,9 @@ def test_damaged_checkpoints_are_detected_or_read_as_they_were(tmp_path):
 
 
 def test_broken_input_gives_a_result_or_a_named_error(tmp_path):
-    found = run_script("fuzz", tmp_path, "--inputs=270", "--seed=1")
+    found = run_script("fuzz", tmp_path, "--inputs=300", "--seed=1")
     assert found["faults"] == []
-    assert len(found["outcomes"]) == 9
+    assert len(found["outcomes"]) == 10
     for name, outcomes in found["outcomes"].items():
         assert sum(outcomes.values()) == 30, name
         assert outcomes.get("named error", 0) > 0 or name == "evaluator"

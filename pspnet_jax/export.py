@@ -11,7 +11,7 @@ import functools
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from flax import nnx
 
 from pspnet_jax.checkpoint import flatten
 from pspnet_jax.metric_writer import write_whole
-from pspnet_jax.models.families import ModelOptions
+from pspnet_jax.models.families import FORWARD_OPTIONS, ModelOptions
+from pspnet_jax.models.resnet import DEPTHS, Bottleneck
 from pspnet_jax.passes import structure
-from pspnet_jax.pretrained import OPTIONS, UNTOLD_OPTIONS
+from pspnet_jax.pretrained import OPTIONS
 from pspnet_jax.segmenter import (
     Description,
     StoredModel,
@@ -35,16 +36,6 @@ from pspnet_jax.version import __version__
 from pspnet_jax.weights import caffe, names, safetensors, tables
 
 FORMATS = ("safetensors", "caffemodel", "stablehlo")
-# What a network computes, except how deep and wide it is.
-_FORWARD = tuple(
-    option.name
-    for option in fields(ModelOptions)
-    if option.name
-    not in (
-        *("family", "backbone", "width", "dtype", "remat", "frozen_norm", "initializer"),
-        *("aux_heads", "dropout_rate", "dropout_kind", "norm_momentum"),
-    )
-)
 _AUXILIARY = ("aux_head.", "presence_head.")
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -105,7 +96,7 @@ def _write_safetensors(stored: StoredModel, target: Path) -> None:
         "format": "pt",
         "family": options.family,
         "backbone": options.backbone,
-        OPTIONS: json.dumps({name: getattr(options, name) for name in UNTOLD_OPTIONS}),
+        OPTIONS: json.dumps({name: getattr(options, name) for name in FORWARD_OPTIONS}),
     }
     safetensors.write(target, _published(stored, target), metadata)
 
@@ -116,6 +107,12 @@ def _write_caffemodel(stored: StoredModel, target: Path) -> None:
         raise ValueError(
             f"this network is of the family '{options.family}'; --format=caffemodel is for 'caffe' alone, "
             "safetensors holds the names of each family"
+        )
+    others = _unusual(options, except_for=("bottleneck_stride", "pyramid_bins", "aux_width"))
+    if options.backbone not in DEPTHS or DEPTHS[options.backbone][0] is not Bottleneck or others:
+        raise ValueError(
+            f"--format=caffemodel is for the paper's networks of bottlenecks; this is {options.backbone}"
+            f"{', '.join(['', *others])}: --format=safetensors holds it"
         )
     where = "1x1_reduce" if options.bottleneck_stride == "1x1" else "3x3"
     strided = ("conv1_1_3x3_s2", f"conv3_1_{where}", "conv3_1_1x1_proj")
@@ -134,6 +131,9 @@ def _published(stored: StoredModel, target: Path) -> dict[str, np.ndarray]:
         for path, array in leaves.items()
         if not path.startswith(_AUXILIARY) or table.has(path)
     }
+    if options.family == "caffe":
+        order = tables.caffe_order(options.pyramid_bins)
+        arrays = tables.in_order(arrays, options.pyramid_bins, order)
     published = names.publish(arrays, table, steps=stored.step)
     log.info(
         "%d tensors and %d counters of norms with the names of %s -> %s",
@@ -149,13 +149,13 @@ def _published(stored: StoredModel, target: Path) -> dict[str, np.ndarray]:
     return published
 
 
-def _unusual(options: ModelOptions) -> list[str]:
+def _unusual(options: ModelOptions, *, except_for: tuple[str, ...] = ()) -> list[str]:
     """Options of the forward pass in which a network differs from its family's on the same backbone."""
-    usual = ModelOptions.resolve({**asdict(options), **dict.fromkeys(_FORWARD)})
+    usual = ModelOptions.resolve({**asdict(options), **dict.fromkeys(FORWARD_OPTIONS)})
     return [
         f"{name}={getattr(options, name)} ({getattr(usual, name)})"
-        for name in _FORWARD
-        if getattr(options, name) != getattr(usual, name)
+        for name in FORWARD_OPTIONS
+        if name not in except_for and getattr(options, name) != getattr(usual, name)
     ]
 
 

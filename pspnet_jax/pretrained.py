@@ -1,7 +1,7 @@
 """Weights to start from or to convert: any file or folder -> arrays by our paths.
 
-* A run or converted model, a safetensors file of ours, or a published file (PyTorch or safetensors)
-  whose names a table in `weights/names` knows; the kind is told by content, not by suffix.
+* A run or converted model, a safetensors file of ours, or a published file (PyTorch, safetensors or Caffe)
+  whose names a table in `weights/tables` knows; the kind is told by content, not by suffix.
 * `start_from` says what was loaded, re-initialized and left out; what no rule excuses is an error.
 """
 
@@ -9,12 +9,15 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from pspnet_jax.catalog import LabelSet
 from pspnet_jax.checkpoint import Tree, flatten, unflatten
+from pspnet_jax.models.families import FAMILIES, Normalization
 from pspnet_jax.segmenter import read_checkpoint
 from pspnet_jax.weights import caffe, names, pytorch, safetensors, tables
 from pspnet_jax.weights.fit import CLASSIFIER, HEADS, fit
@@ -24,11 +27,8 @@ from pspnet_jax.weights.pytorch import WeightsFileError
 FORMAT = "pspnet_jax"
 """In the metadata of safetensors files that hold our own paths and layout."""
 
+_AUXILIARY = ("aux_head.", "presence_head.")
 OPTIONS = "options"
-UNTOLD_OPTIONS = ("pyramid_bins", "align_corners", "output_stride", "bottleneck_stride")
-"""Options that neither the names nor the shapes of published weights tell; in the metadata of what `export`
-writes they stand under `OPTIONS`, as JSON."""
-
 log = logging.getLogger("pspnet_jax")
 
 
@@ -87,12 +87,23 @@ def beyond(num_stages: int) -> str:
     return rf"backbone\.layer({'|'.join(map(str, range(num_stages + 1, 5))) or '-'})_.*"
 
 
-def read_weights(path: Path | str, *, bins: Sequence[int]) -> tuple[Weights, LabelSet | None]:
-    """The weights of a run, a converted model or a file, by our paths, and their label set if it is known.
+class Source(NamedTuple):
+    """Weights to start from."""
+
+    weights: Weights
+    label_set: LabelSet | None = None
+    """None where it is not known."""
+    normalization: Normalization | None = None
+    """Of the images that they have learned from; None where it is not known."""
+
+
+def read_weights(path: Path | str, *, bins: Sequence[int]) -> Source:
+    """The weights of a run, a converted model or a file, by our paths.
 
     Args:
         path: folder or file.
-        bins: of the pyramid, because published files only number its levels.
+        bins: of the pyramid, into whose order the levels are put. Published files only number them, unless we
+            wrote them.
     """
     path = Path(path)
     files = sorted(path.glob("*.safetensors"))
@@ -101,21 +112,45 @@ def read_weights(path: Path | str, *, bins: Sequence[int]) -> tuple[Weights, Lab
     if path.is_dir():
         stored = read_checkpoint(path, step="best")
         log.info("%s: step %d", path, stored.step)
-        arrays = flatten(stored.part["params"]) | flatten(stored.part["batch_stats"])
-        return _ours(arrays), stored.description.label_set
+        description, model = stored.description, stored.description.model
+        leaves = flatten(stored.part["params"]) | flatten(stored.part["batch_stats"])
+        arrays = tables.in_order(
+            leaves, model.pyramid_bins, bins, map_first=model.pyramid_map_first
+        )
+        return Source(_ours(arrays), description.label_set, description.normalization)
     arrays, metadata = read_file(path)
     if metadata.get("format") == FORMAT:
-        return _ours(arrays), None
+        return Source(_ours(arrays))
     family = recognize(arrays, where=str(path))
-    return tables.read(family, bins, arrays), None
+    told = json.loads(metadata.get(OPTIONS, "{}"))
+    have = told.get("pyramid_bins", bins)
+    weights = tables.read(family, have, arrays)
+    if family is None:
+        return Source(weights)
+    map_first = told.get("pyramid_map_first", FAMILIES[family].options["pyramid_map_first"])
+    ordered = tables.in_order(weights.arrays, have, bins, map_first=map_first)
+    weights = replace(weights, arrays=ordered)
+    return Source(weights, normalization=FAMILIES[family].normalization)
 
 
 def start_from(
-    path: str, params: Tree, batch_stats: Tree, *, bins: Sequence[int], label_set: LabelSet
+    path: str,
+    params: Tree,
+    batch_stats: Tree,
+    *,
+    bins: Sequence[int],
+    label_set: LabelSet,
+    normalization: Normalization | None = None,
 ) -> tuple[Tree, Tree]:
     """Parameters and statistics of a new network with all that a file or folder has for it.
 
-    Backbones leave the heads as they are; other classes leave the classifiers.
+    Backbones leave the heads as they are, weights without an auxiliary head leave that; other classes leave the
+    classifiers.
+
+    Args:
+        bins: of the network's pyramid, in its order.
+        label_set: of the network.
+        normalization: of its images; another one than that of the weights is told.
 
     Returns:
         New trees.
@@ -123,26 +158,33 @@ def start_from(
     Raises:
         MisfitError: for anything else that does not fit, listing it all.
     """
-    weights, stored_set = read_weights(path, bins=bins)
+    weights, stored_set, seen = read_weights(path, bins=bins)
     fresh = flatten(params) | flatten(batch_stats)
+    weights = weights.without(beyond(_num_stages(fresh)))
+    other, anew = None, []
     if weights.is_backbone:
-        weights = weights.without(beyond(_num_stages(fresh)))
-    starts_anew = None
-    if weights.is_backbone:
-        starts_anew = HEADS
-    elif other := _other_classes(weights, stored_set, label_set):
-        starts_anew = CLASSIFIER
+        anew = [HEADS]
+    else:
+        if other := _other_classes(weights, stored_set, label_set):
+            anew = [CLASSIFIER]
+        lacking = [h for h in _AUXILIARY if not any(p.startswith(h) for p in weights.arrays)]
+        anew += [rf"{re.escape(head)}.*" for head in lacking]
     found = fit(
         weights,
         {name: tuple(array.shape) for name, array in fresh.items()},
         where=path,
-        starts_anew=starts_anew,
+        starts_anew="|".join(anew) or None,
     )
     log.info("init_from=%s", path)
     log.info("  loaded          %s", _listed(list(found.loaded), of=len(fresh)))
     log.info("  re-initialized  %s", _listed(found.reinitialized, of=len(fresh)))
     log.info("  left out        %s", _listed(found.left_out))
-    if starts_anew == CLASSIFIER:
+    if seen not in (None, normalization) and normalization is not None:
+        log.warning(
+            "  they have seen images as (RGB - %s) / %s, this network sees (RGB - %s) / %s: its first steps adapt",
+            *(seen.mean, seen.std, normalization.mean, normalization.std),
+        )
+    if other:
         log.info("  the classifiers start anew: %s", other)
     merged = unflatten({name: found.loaded.get(name, array) for name, array in fresh.items()})
     return _like(params, merged), _like(batch_stats, merged)

@@ -1,7 +1,7 @@
 """The families table: what each published PSPNet does, as rows of options.
 
 * "PSPNet" means several slightly different networks, and the same weights load into some of them with wrong
-  results. Nothing below this table asks for a family's name: heads, pyramid and backbone are chosen by options.
+  results. No model asks for a family's name: heads, pyramid and backbone are chosen by options.
 * The row of `semseg` is complete, the others say where they differ from it. What a network has on some
   backbones alone stands beside its row (`by_backbone`).
 * `ModelOptions` is complete (nothing None) and plain data: it travels in checkpoints.
@@ -41,7 +41,8 @@ FIXED_OPTIONS: dict[str, dict[str, Any]] = {
     **{name: {"stem": "3x3", **_FIXED} for name in squeezenet.VERSIONS},
 }
 
-HEADS = ("fused", "progressive")
+HEADS = {"fused": 8, "progressive": 16}
+"""Head -> its hidden channels in units of the width, where it is not the family's own."""
 AUX_HEADS = ("pixel", "presence")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
 
@@ -309,6 +310,8 @@ class ModelOptions:
         _known("backbone", backbone, BACKBONES)
         fixed, row = FIXED_OPTIONS.get(backbone, {}), FAMILIES[family]
         of_family = {**row.options, **row.by_backbone.get(backbone, {}), **fixed}
+        if (head := section.get("head")) not in (None, of_family["head"]):
+            of_family["head_width"] = HEADS.get(head)
         values: dict[str, Any] = {}
         for option in fields(cls):
             # What was written before an option existed does not have it: the family's value is meant.
@@ -348,7 +351,18 @@ class ModelOptions:
         bins = self.pyramid_bins
         if len(set(bins)) != len(bins) or any(b < 1 for b in bins):
             raise ValueError(f"model.pyramid_bins={bins} must be different numbers of at least 1")
-        if len(self.head_kernels) != 2 or any(size % 2 == 0 for size in self.head_kernels):
+        if self.num_stages not in (2, 3, 4):
+            raise ValueError(f"model.num_stages={self.num_stages} must be 2, 3 or 4")
+        if min(self.head_width, self.aux_width) < 1 or self.pyramid_width < 0:
+            raise ValueError(
+                f"model.head_width={self.head_width} and aux_width={self.aux_width} must be at least 1, "
+                f"pyramid_width={self.pyramid_width} at least 0"
+            )
+        if not 0 <= self.norm_momentum <= 1:
+            raise ValueError(f"model.norm_momentum={self.norm_momentum} must be within 0..1")
+        if len(self.head_kernels) != 2 or any(
+            size not in (1, 3, 5, 7) for size in self.head_kernels
+        ):
             raise ValueError(
                 f"model.head_kernels={self.head_kernels} must be two odd sizes, pixels: 3,1"
             )
@@ -357,6 +371,18 @@ class ModelOptions:
                 f"model.head='progressive' doubles the map three times: it needs output_stride=8, not "
                 f"{self.output_stride}"
             )
+
+
+FORWARD_OPTIONS = tuple(
+    option.name
+    for option in fields(ModelOptions)
+    if option.name
+    not in (
+        *("family", "backbone", "width", "dtype", "remat", "frozen_norm", "initializer"),
+        *("aux_heads", "dropout_rate", "dropout_kind", "norm_momentum"),
+    )
+)
+"""What a network computes in evaluation, except how deep and wide it is."""
 
 
 def check_size(size: Pair, rule: SizeRule) -> None:

@@ -335,6 +335,11 @@ class ProgressiveHead(nnx.Module):
         block = functools.partial(
             UpsampleBlock, align_corners=align_corners, conv=conv, norm=norm, rng=rng
         )
+        if hidden_channels % 16:
+            raise ValueError(
+                f"{hidden_channels} hidden channels (model.head_width times model.width) must be a multiple of "
+                "16 with model.head='progressive'"
+            )
         wide, narrow = hidden_channels // 4, hidden_channels // 16
         self.fuse = conv(in_channels, hidden_channels, 1, use_bias=True, rng=rng)
         self.up1 = block(hidden_channels, wide)

@@ -211,7 +211,7 @@ class ResNet(nnx.Module):
         num_stages: 2, 3 or 4; fewer leave the last ones out.
         output_stride: 8, 16 or 32 image pixels per feature pixel.
         fixed_dilation: the stages dilate as at stride 8, whatever the stride.
-        first_block_dilation: dilation of the first block of stages 3 and 4.
+        first_block_dilation: dilation of the first block of stages 3 and 4 at stride 8.
         style: of the blocks.
         frozen_norm: batch norm uses its running statistics in training.
         norm_momentum: share of the batch in its running statistics.
@@ -249,7 +249,11 @@ class ResNet(nnx.Module):
         stages = zip(strides[:num_stages], dilations[:num_stages], strict=True)
         for stage, (stride, dilation) in enumerate(stages, start=1):
             planes = width * 2 ** (stage - 1)
-            first = min(first_block_dilation[stage - 3], dilation) if stage > 2 else 1
+            # Of the pair, which is for stride 8, the share that the stage still dilates by.
+            first = (
+                first_block_dilation[stage - 3] * dilation // 2 ** (stage - 2) if stage > 2 else 1
+            )
+            first = min(max(first, 1), dilation)
             for i in range(num_blocks[stage - 1]):
                 made = block(
                     channels,

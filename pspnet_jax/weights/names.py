@@ -226,7 +226,7 @@ def printable(key: str) -> str:
 
 
 def publish(arrays: Mapping[str, np.ndarray], table: Table, *, steps: int) -> dict[str, np.ndarray]:
-    """Arrays by our paths under published keys and in PyTorch's layout: `rename` backwards.
+    """Arrays by our paths under published keys and in the layout of their files: `rename` backwards.
 
     Args:
         steps: what the counters of the norms say.

@@ -207,8 +207,7 @@ _TABLES: dict[str, Callable[[Sequence[int]], Table]] = {
     "csail": _csail,
     "lextal": _lextal,
 }
-_CAFFE_ORDER = (6, 3, 2, 1)
-_FUSING = "head.conv.kernel"
+_FUSING = ("head.conv.kernel", "head.fuse.kernel")
 # How keys begin that no family further up has.
 _BEGINNINGS = {
     "semseg": ("layer0.", "ppm.features.", "cls."),
@@ -241,21 +240,51 @@ def of_file(family: str | None, bins: Sequence[int], keys: Iterable[str]) -> Tab
 def read(family: str | None, bins: Sequence[int], arrays: Mapping[str, np.ndarray]) -> Weights:
     """The tensors of a file by our paths, for a network with these bins.
 
-    Caffe's names say the bins, and its head takes them in an order of their own: into that of `bins`.
+    Caffe's names say the bins, and its head takes the widest levels first: they are put into the order of `bins`.
     """
     weights = rename(arrays, of_file(family, bins, arrays))
-    if family != "caffe" or sorted(bins) != sorted(_CAFFE_ORDER):
+    if family != "caffe":
         return weights
-    kernel = weights.arrays.get(_FUSING)
-    levels = [weights.arrays.get(f"pyramid.level{n}.conv.kernel") for n in _CAFFE_ORDER]
+    return replace(weights, arrays=in_order(weights.arrays, caffe_order(bins), bins))
+
+
+def caffe_order(bins: Sequence[int]) -> tuple[int, ...]:
+    """In which the levels stand before the head of the paper's networks."""
+    return tuple(sorted(bins, reverse=True))
+
+
+def in_order(
+    arrays: Mapping[str, np.ndarray],
+    have: Sequence[int],
+    want: Sequence[int],
+    *,
+    map_first: bool = True,
+) -> dict[str, np.ndarray]:
+    """Arrays by our paths, the head's kernel for levels in another order.
+
+    Args:
+        have: bins of the levels, in the order in which the head takes them.
+        want: the same bins in another order; other bins change nothing: `fit` will name what is wrong.
+        map_first: whether the map stands before the levels, or behind them.
+    """
+    path = next((path for path in _FUSING if path in arrays), None)
+    if path is None or tuple(have) == tuple(want) or sorted(have) != sorted(want):
+        return {**arrays}
+    kernel = arrays[path]
+    levels = [arrays.get(f"pyramid.level{n}.conv.kernel") for n in have]
     sizes = [0 if level is None else level.shape[-1] for level in levels]
-    if kernel is None or kernel.ndim != 4 or 0 in sizes or kernel.shape[2] <= sum(sizes):
-        return weights  # `fit` will name what is wrong
-    borders = np.cumsum([kernel.shape[2] - sum(sizes), *sizes])[:-1]
-    first, *parts = np.split(kernel, borders, axis=2)
-    by_bins = dict(zip(_CAFFE_ORDER, parts, strict=True))
-    ordered = np.concatenate([first, *(by_bins[n] for n in bins)], axis=2)
-    return replace(weights, arrays={**weights.arrays, _FUSING: ordered})
+    if not any(sizes) and kernel.ndim == 4:  # levels without reduction are as wide as the map
+        sizes = [kernel.shape[2] // (len(have) + 1)] * len(have)
+    if kernel.ndim != 4 or 0 in sizes or kernel.shape[2] <= sum(sizes):
+        return {**arrays}
+    num_channels = kernel.shape[2] - sum(sizes)
+    sizes.insert(0 if map_first else len(sizes), num_channels)
+    parts = np.split(kernel, np.cumsum(sizes)[:-1], axis=2)
+    of_map = parts.pop(0 if map_first else -1)
+    by_bins = dict(zip(have, parts, strict=True))
+    ordered = [by_bins[n] for n in want]
+    ordered.insert(0 if map_first else len(ordered), of_map)
+    return {**arrays, path: np.concatenate(ordered, axis=2)}
 
 
 def recognize(keys: Iterable[str]) -> str | None:

@@ -1,7 +1,7 @@
 """Conversion: published weights -> a model that evaluates, predicts and starts trainings here.
 
 * What the network is (depth, width, stem, stages, reduction, classes) is read from the file's names and
-  shapes; what they do not tell (`UNTOLD_OPTIONS`) is the family's unless other values are given.
+  shapes; what they do not tell is the family's unless other values are given, or `export` wrote them beside.
 * With a label set: a run at step 0. Without: one safetensors file with a backbone, for `init_from`.
 """
 
@@ -56,7 +56,7 @@ def run(
         output: folder of the converted model, or of the backbone's file.
         family: a key of `models.families.FAMILIES`.
         labels: label set of the classifier; None: the file is a backbone.
-        told: values of `UNTOLD_OPTIONS`; None or none: what the file says, else the family's.
+        told: options of the network that the file does not tell; None or none: the family's.
 
     Returns:
         The folder or the file that was written.
@@ -67,23 +67,27 @@ def run(
     """
     if family not in FAMILIES:
         raise ValueError(f"family={family!r} is not one of {', '.join(FAMILIES)}")
-    if not 0 < len(files) <= _NUM_FILES.get(family, 1):
-        count = "two files, encoder and decoder" if family in _NUM_FILES else "one file"
-        raise ValueError(
-            f"family '{family}' is converted from {count}, {len(files)} were given: "
-            f"{' '.join(files) or 'name them after the options'}"
-        )
+    if not files:
+        raise ValueError("which file? Name it after the options")
     where = " and ".join(files)
     arrays, known = _read_all(files)
-    known |= {name: value for name, value in told.items() if value is not None}
+    told = {name: value for name, value in told.items() if value is not None}
+    for name in told.keys() & known.keys():
+        if told[name] != known[name]:
+            raise ValueError(f"{where} says {name}={known[name]}: leave --{name}={told[name]} out")
+    known |= told
     found = recognize(arrays, where=where)
+    source = tables.of_file(found, (), arrays).source
     if found not in (None, family):
-        source = tables.of_file(found, (), arrays).source
         raise ValueError(f"{where} is {source}: choose its --family={found}")
+    if len(files) > _NUM_FILES.get(family, 1):
+        count = "two files, encoder and decoder" if family in _NUM_FILES else "one file"
+        raise ValueError(
+            f"family '{family}' is converted from {count}, {len(files)} were given: {' '.join(files)}"
+        )
     if found is not None and labels is None:
         raise ValueError(
-            f"{where} is a whole network ({tables.of_file(found, (), arrays).source}): say which classes it "
-            "has, e.g. --labels=ade20k"
+            f"{where} is a whole network ({source}): say which classes it has, e.g. --labels=ade20k"
         )
     if found is None and (labels is not None or known):
         raise ValueError(
@@ -92,6 +96,8 @@ def run(
             + "convert it without --labels and the options of a pyramid, or start a training from it with "
             "--config.init_from"
         )
+    if found is None:
+        known |= {"num_stages": 4}  # whole, whatever a family leaves out
     bins = known.get("pyramid_bins", FAMILIES[family].options["pyramid_bins"])
     weights = tables.read(found, bins, arrays)
     options = infer_options(weights, family=family, told=known, where=where)
@@ -207,13 +213,13 @@ def infer_options(
         )
     section: dict[str, Any] = {**default_config().model.to_dict(), **told, "family": family}
     section["backbone"], section["width"] = _depth(blocks), width
-    section["stem"] = stem_of(shapes)
+    section["stem"] = told.get("stem", stem_of(shapes))
     stage1 = width * DEPTHS[section["backbone"]][0].expansion  # channels that it gives
     levels = [s for p, s in shapes.items() if p.startswith("pyramid.") and len(s) == 4]
     num_stages = _num_stages(levels, stage1)
     # Families that cut networks off do not dilate those that they do not cut.
     if levels and min(num_stages, FAMILIES[family].options["num_stages"]) < 4:
-        section["num_stages"] = num_stages
+        section["num_stages"] = num_stages = told.get("num_stages", num_stages)
         section["output_stride"] = section["output_stride"] or 2 ** (num_stages + 1)
     channels, bins = stage1 * 2 ** (num_stages - 1), section["pyramid_bins"]
     head = shapes.get("head.conv.kernel", ())
@@ -221,7 +227,7 @@ def infer_options(
         section["pyramid_bins"] = ()  # the authors' use_ppm=False
     # Unreduced levels are the pooled maps themselves: nothing of them is in a file.
     unreduced = bins and not levels and len(head) == 4 and head[2] == channels * (1 + len(bins))
-    section["pyramid_reduction"] = False if unreduced else None
+    section["pyramid_reduction"] = told.get("pyramid_reduction", False if unreduced else None)
     if not weights.is_backbone and not any(path.startswith("aux_head.") for path in shapes):
         # Not every file has the auxiliary head, which only training needs.
         usual = FAMILIES[family].options["aux_heads"]

@@ -27,8 +27,11 @@ from pspnet_jax.weights.pytorch import WeightsFileError
 FORMAT = "pspnet_jax"
 """In the metadata of safetensors files that hold our own paths and layout."""
 
-_AUXILIARY = ("aux_head.", "presence_head.")
 OPTIONS = "options"
+"""In the metadata of published files that `export` writes: `FORWARD_OPTIONS`, which names and shapes do not tell,
+as JSON."""
+_AUXILIARY = ("aux_head.", "presence_head.")
+
 log = logging.getLogger("pspnet_jax")
 
 
@@ -179,7 +182,7 @@ def start_from(
     log.info("  loaded          %s", _listed(list(found.loaded), of=len(fresh)))
     log.info("  re-initialized  %s", _listed(found.reinitialized, of=len(fresh)))
     log.info("  left out        %s", _listed(found.left_out))
-    if seen not in (None, normalization) and normalization is not None:
+    if seen is not None and normalization is not None and seen != normalization:
         log.warning(
             "  they have seen images as (RGB - %s) / %s, this network sees (RGB - %s) / %s: its first steps adapt",
             *(seen.mean, seen.std, normalization.mean, normalization.std),

@@ -292,7 +292,7 @@ def test_backbones_become_one_file_of_our_names(stem, old, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"files": []}, "converted from one file, 0 were given"),
+        ({"files": []}, "which file"),
         ({"files": ["nowhere.pth"]}, "there is no such file"),
         ({"files": [str(GOLDENS)]}, "is a folder; a file of weights is wanted"),
         (

@@ -4,6 +4,7 @@ Files hold the weights that goldens/make_families.py draws by published keys, wi
 beside them; the logits are those of the goldens.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from test_golden_families import CASES, OF_FILES, load, options_of
 import pspnet_jax
 from pspnet_jax import convert, export, protocols
 from pspnet_jax.catalog import load_label_set
-from pspnet_jax.checkpoint import flatten
+from pspnet_jax.checkpoint import CheckpointFolder, flatten
 from pspnet_jax.main import main
 from pspnet_jax.models.families import FAMILIES, ModelOptions
 from pspnet_jax.models.layers import NoRandomNumbers
@@ -49,6 +50,7 @@ LOGITS = ["mmseg_resnet18", "smp_resnet50_stride16", "csail_resnet18", "caffe_re
 TOLD = {
     "mmseg_resnet101": {"align_corners": True},
     "mmseg_resnet50_stride32": {"output_stride": 32},
+    "csail_resnet50_stride16": {"output_stride": 16},
 }
 
 
@@ -175,12 +177,9 @@ def test_the_wrong_family_is_told_the_right_one(name, tmp_path, labels):
     files, _ = published(name, tmp_path)
     right = CASES[name].family
     for family in FAMILIES:
-        if family not in (right, "csail"):
-            with pytest.raises(ValueError, match="one file|choose its --family=" + right):
+        if family != right:
+            with pytest.raises(ValueError, match=f"choose its --family={right}"):
                 convert.run(files, family=family, labels=labels, output=str(tmp_path / "m"))
-    if right != "csail":
-        with pytest.raises(ValueError, match=f"choose its --family={right}"):
-            convert.run(files, family="csail", labels=labels, output=str(tmp_path / "m"))
     assert not (tmp_path / "m").exists()
 
 
@@ -196,7 +195,8 @@ def test_csail_needs_both_files(tmp_path, labels):
     with pytest.raises(ValueError, match=r"both have bn1\._running_iter"):
         convert.run([encoder, encoder], **arguments)
     with pytest.raises(ValueError, match="two files, encoder and decoder, 3 were given"):
-        convert.run([encoder, decoder, decoder], **arguments)
+        safetensors.write(tmp_path / "third.safetensors", {"ppm.9.1.weight": np.ones(1)}, {})
+        convert.run([encoder, decoder, str(tmp_path / "third.safetensors")], **arguments)
     argv = ["convert", "--family=csail", f"--labels={labels}", f"--output={tmp_path / 'm'}"]
     assert main([*argv, encoder, decoder]) == 0
 
@@ -214,6 +214,59 @@ def test_an_auxiliary_head_that_a_file_lacks_is_none(tmp_path, labels):
         convert.run(
             [str(tmp_path / "v.safetensors")], **arguments | {"output": str(tmp_path / "n")}
         )
+
+
+# Each changes what a network computes, and hardly any can be told by names and shapes.
+OVERRIDES = [
+    {"pyramid_map_first": False},
+    {"basic_block_dilation": "first"},
+    {"fixed_dilation": True, "output_stride": 32},
+    {"first_block_dilation": (1, 2)},
+    {"pyramid_pool": "max"},
+    {"pyramid_reduction": False},
+    {"pyramid_width": 1, "head_width": 2, "aux_width": 1},
+    {"pyramid_linear": True},
+    {"pyramid_bin1_norm": False},
+    {"head_kernels": (1, 3)},
+    {"pyramid_bins": (6, 3, 2, 1), "align_corners": False},
+    {"stem": "v1c", "output_stride": 16},
+    {"family": "smp", "num_stages": 3},
+    {"family": "caffe", "pyramid_bins": (1, 2, 3, 6), "backbone": "resnet50", "aux_heads": ()},
+]
+
+
+@pytest.mark.parametrize("overrides", OVERRIDES, ids=str)
+def test_what_we_export_is_the_same_network_again(overrides, tmp_path, labels):
+    model_options = options(**{"backbone": "resnet18", "width": 4, **overrides})
+    model = PSPNet(model_options, 7, rng=np.random.default_rng(0))
+    stored = stored_model(model, model_options, labels)
+    path = tmp_path / "x.safetensors"
+    export._write_safetensors(stored, path)
+    output = convert.run(
+        [str(path)], family=model_options.family, labels=labels, output=str(tmp_path / "m")
+    )
+    found = pspnet_jax.load(output, step="latest")
+    usual = {"dropout_rate", "norm_momentum", "initializer"}  # of training
+    for option in dataclasses.fields(ModelOptions):
+        if option.name not in usual:
+            here, there = (
+                getattr(o, option.name) for o in (found.description.model, model_options)
+            )
+            assert here == there, option.name
+    stored_again = CheckpointFolder(output / "checkpoints").load(0, "model")
+    for name, array in flatten(stored.part["params"]).items():
+        np.testing.assert_array_equal(flatten(stored_again["params"])[name], array, err_msg=name)
+
+
+def test_what_our_file_says_is_not_overruled(tmp_path, labels):
+    model_options = options(backbone="resnet18", width=4, align_corners=False)
+    model = PSPNet(model_options, 7, rng=np.random.default_rng(0))
+    path = tmp_path / "x.safetensors"
+    export._write_safetensors(stored_model(model, model_options, labels), path)
+    with pytest.raises(
+        ValueError, match="says align_corners=False: leave --align_corners=True out"
+    ):
+        convert.run([str(path)], labels=labels, output=str(tmp_path / "m"), align_corners=True)
 
 
 @pytest.mark.parametrize("bins", [(3, 1, 6, 2)])
@@ -286,11 +339,77 @@ def test_export_to_caffes_own_format(tmp_path, labels):
     )
 
 
-def test_only_caffes_networks_go_into_caffes_format(tmp_path, labels, capsys):
+def test_only_caffes_networks_go_into_caffes_format(tmp_path, labels):
     files, _ = published("smp_resnet34", tmp_path)
     output = convert.run(files, family="smp", labels=labels, output=str(tmp_path / "m"))
     with pytest.raises(ValueError, match="of the family 'smp'; --format=caffemodel is for 'caffe'"):
         export.run(str(output), format="caffemodel", output=str(tmp_path / "x.caffemodel"))
+
+
+@pytest.mark.parametrize("through", ["file", "folder", "export"])
+def test_levels_come_in_the_order_of_the_network_that_starts_from_them(tmp_path, labels, through):
+    """And heads that the source does not have start anew, with a word on images normalized otherwise."""
+    files, arrays = published("caffe_resnet50", tmp_path)
+    source = files[0]
+    if through != "file":
+        source = str(convert.run(files, family="caffe", labels=labels, output=str(tmp_path / "m")))
+    if through == "export":
+        target = str(tmp_path / "x.safetensors")
+        source = str(export.run(source, format="safetensors", output=target))
+    wanted = options(family="semseg", backbone="resnet50")
+    _, params, batch_stats = split_model(PSPNet(wanted, 7, rng=np.random.default_rng(0)))
+    new, _ = start_from(
+        source,
+        params,
+        batch_stats,
+        bins=wanted.pyramid_bins,
+        label_set=load_label_set(labels),
+        normalization=FAMILIES["semseg"].normalization,
+    )
+    theirs = arrays["conv5_4.0"].transpose(2, 3, 1, 0)[:, :, 256 : 256 + 64]  # of six bins
+    np.testing.assert_array_equal(new["head"]["conv"]["kernel"][:, :, -64:], theirs)
+    np.testing.assert_array_equal(
+        new["aux_head"]["conv"]["kernel"], params["aux_head"]["conv"]["kernel"]
+    )
+
+
+def test_a_training_starts_from_a_whole_file_of_smp(tmp_path, labels):
+    files, arrays = published("smp_resnet34", tmp_path)
+    wanted = options(family="smp", backbone="resnet34")
+    _, params, batch_stats = split_model(PSPNet(wanted, 7, rng=np.random.default_rng(0)))
+    new, _ = start_from(
+        files[0], params, batch_stats, bins=(1, 2, 3, 6), label_set=load_label_set(labels)
+    )
+    np.testing.assert_array_equal(
+        new["head"]["conv"]["kernel"].transpose(3, 2, 0, 1), arrays["decoder.conv.0.weight"]
+    )
+
+
+def test_a_backbone_is_converted_whole_for_every_family(tmp_path):
+    arrays = drawn(options(family="mmseg", backbone="resnet18", stem="7x7"))
+    backbone = {k.removeprefix("backbone."): a for k, a in arrays.items() if "backbone." in k}
+    path = tmp_path / "resnet18.safetensors"
+    safetensors.write(path, backbone, {"format": "pt"})
+    converted = convert.run([str(path)], family="smp", output=str(tmp_path / "b"))
+    assert len(safetensors.read(converted)[0]) == len(backbone)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"backbone": "resnet18"},
+        {"backbone": "resnet50", "align_corners": False},
+        {"backbone": "resnet50", "output_stride": 16},
+    ],
+    ids=str,
+)
+def test_caffes_format_is_for_the_papers_networks(overrides, tmp_path, labels):
+    model_options = options(family="caffe", aux_heads=(), **overrides)
+    stored = stored_model(
+        PSPNet(model_options, 7, rng=np.random.default_rng(0)), model_options, labels
+    )
+    with pytest.raises(ValueError, match="is for the paper's networks"):
+        export._write_caffemodel(stored, tmp_path / "x.caffemodel")
 
 
 def test_backbones_of_mmsegmentation_and_for_smp(tmp_path):

@@ -78,6 +78,28 @@ def test_dilation_of_basic_blocks(kind, first, second):
     assert tuple(d for _, d in rates(backbone.layer3_1)) == second
 
 
+def test_a_section_without_widths_has_those_of_its_head():
+    """As configs and checkpoints from before `head_width` have them."""
+    for family, head, width in (
+        ("semseg", "progressive", 16),
+        ("semseg", "fused", 8),
+        ("lextal", "progressive", 16),
+    ):
+        assert options(family=family, head=head, head_width=None).head_width == width
+    with pytest.raises(ValueError, match=r"8 hidden channels .* must be a multiple of 16"):
+        network(width=1, head="progressive", head_width=8)
+
+
+def test_first_blocks_halve_with_the_dilation_of_their_stage():
+    """At stride 16 stage 3 has its stride and stage 4 dilates by two."""
+    for pair, first in (((2, 4), 2), ((1, 2), 1), ((1, 1), 1)):
+        backbone = network(
+            backbone="resnet50", output_stride=16, first_block_dilation=pair
+        ).backbone
+        assert rates(backbone.layer4_0)[1] == (1, first)
+        assert rates(backbone.layer4_1)[1] == (1, 2)
+
+
 def test_strides_in_the_1x1():
     backbone = network(backbone="resnet50", bottleneck_stride="1x1").backbone
     assert rates(backbone.layer2_0) == [(2, 1), (1, 1)]
@@ -132,6 +154,9 @@ def test_the_level_of_one_bin_can_have_a_bias_instead_of_a_norm():
         ({"basic_block_dilation": "all"}, "basic_block_dilation='all' is not one of both, first"),
         ({"dropout_kind": "image"}, "dropout_kind='image' is not one of channel, element"),
         ({"head_kernels": (2, 1)}, r"head_kernels=\(2, 1\) must be two odd sizes"),
+        ({"num_stages": 5}, "num_stages=5 must be 2, 3 or 4"),
+        ({"head_width": 0}, "head_width=0 and aux_width=4 must be at least 1"),
+        ({"norm_momentum": 7.0}, r"norm_momentum=7.0 must be within 0..1"),
         ({"initializer": "ones"}, "initializer='ones' is not one of semseg, caffe, mmseg"),
     ],
 )

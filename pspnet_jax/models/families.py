@@ -310,7 +310,8 @@ class ModelOptions:
         _known("backbone", backbone, BACKBONES)
         fixed, row = FIXED_OPTIONS.get(backbone, {}), FAMILIES[family]
         of_family = {**row.options, **row.by_backbone.get(backbone, {}), **fixed}
-        if (head := section.get("head")) not in (None, of_family["head"]):
+        head = section.get("head")
+        if head is not None and head != of_family["head"]:
             of_family["head_width"] = HEADS.get(head)
         values: dict[str, Any] = {}
         for option in fields(cls):

@@ -84,6 +84,10 @@ CASES = {
     "csail_resnet18": Case(backbone="resnet18", **_CSAIL),
     "csail_resnet50": Case(backbone="resnet50", **_CSAIL),
     "csail_resnet101": Case(backbone="resnet101", **_CSAIL),
+    # Its dilations are halved with the stages that keep their stride. A map of 6 x 6, and of 5 x 4.
+    "csail_resnet50_stride16": Case(
+        backbone="resnet50", **_CSAIL | {"output_stride": 16, "sizes": ((96, 96), (72, 56))}
+    ),
     # The strides of the two differ: in the 1x1 reduction, and in the 3x3 convolution.
     "caffe_resnet50": Case(backbone="resnet50", **_CAFFE),
     "caffe_resnet101": Case(backbone="resnet101", **_CAFFE),

@@ -8,7 +8,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from pspnet_jax.models.families import BACKBONES, FAMILIES, Family, ModelOptions
+from pspnet_jax.models.families import FAMILIES, Family, ModelOptions
 from pspnet_jax.models.resnet import DEPTHS, STEMS, BasicBlock
 
 PROJECTS = {
@@ -19,13 +19,14 @@ PROJECTS = {
     "csail": "CSAILVision/semantic-segmentation-pytorch",
     "lextal": "Lextal/pspnet-pytorch",
 }
+# ResNets and files that each publishes, or writes.
 PUBLISHED = {
-    "semseg": "50, 101, 152; `.pth`",
-    "caffe": "50, 101; `.caffemodel`",
-    "mmseg": "18, 50, 101; `.pth`",
-    "smp": "18 to 152; `.pth`, safetensors",
-    "csail": "18, 50, 101; two `.pth`",
-    "lextal": "18 to 152; `.pth`",
+    "semseg": ((50, 101, 152), "`.pth`"),
+    "caffe": ((50, 101), "`.caffemodel`"),
+    "mmseg": ((18, 50, 101), "`.pth`"),
+    "smp": ((18, 34, 50, 101, 152), "`.pth`, safetensors"),
+    "csail": ((18, 50, 101), "two `.pth`"),
+    "lextal": ((18, 34, 50, 101, 152), "`.pth`"),
 }
 NOT_SUPPORTED = {
     "PaddleSeg": "ResNet-vd (averages in front of its shortcuts), convolutions with bias and norm, inputs within -1 .. 1",
@@ -129,28 +130,35 @@ ROWS: dict[str, Cell] = {
         "RGB, mean and deviation" if family.normalization.std[0] > 1 else "mean only (BGR)"
     ),
     "sides": lambda family, o: by_depth(o, size_rule),
-    "default protocol": lambda family, o: f"`{family.protocol}`",
+    "protocol after `convert`": lambda family, o: f"`{family.protocol}`",
 }
 
 
 def table() -> str:
     """Markdown: a column a family, then what is not supported."""
-    resnets = [
-        name for name in BACKBONES if name in ("resnet18", "resnet34", "resnet50", "resnet101")
-    ]
     columns = {
         name: {
-            depth: ModelOptions.resolve(
-                {"family": name, "backbone": depth, "width": 64, "dtype": "float32", **_COMPUTED}
+            f"resnet{depth}": ModelOptions.resolve(
+                {
+                    "family": name,
+                    "backbone": f"resnet{depth}",
+                    "width": 64,
+                    "dtype": "float32",
+                    **_COMPUTED,
+                }
             )
-            for depth in resnets
+            for depth in PUBLISHED[name][0]
         }
         for name in FAMILIES
     }
     lines = ["| | " + " | ".join(f"`{name}`" for name in FAMILIES) + " |"]
     lines.append("|---" * (len(FAMILIES) + 1) + "|")
     lines.append("| of | " + " | ".join(PROJECTS[name] for name in FAMILIES) + " |")
-    lines.append("| ResNets, files | " + " | ".join(PUBLISHED[name] for name in FAMILIES) + " |")
+    files = (
+        f"{', '.join(map(str, depths))}; {kinds}"
+        for depths, kinds in (PUBLISHED[name] for name in FAMILIES)
+    )
+    lines.append("| ResNets, files | " + " | ".join(files) + " |")
     for title, cell in ROWS.items():
         cells = (cell(FAMILIES[name], options) for name, options in columns.items())
         lines.append(f"| {title} | " + " | ".join(cells) + " |")

@@ -194,9 +194,10 @@ def test_csail_needs_both_files(tmp_path, labels):
         convert.run([decoder], **arguments)
     with pytest.raises(ValueError, match=r"both have bn1\._running_iter"):
         convert.run([encoder, encoder], **arguments)
+    third = str(tmp_path / "third.safetensors")
+    safetensors.write(tmp_path / "third.safetensors", {"ppm.9.1.weight": np.ones(1)}, {})
     with pytest.raises(ValueError, match="two files, encoder and decoder, 3 were given"):
-        safetensors.write(tmp_path / "third.safetensors", {"ppm.9.1.weight": np.ones(1)}, {})
-        convert.run([encoder, decoder, str(tmp_path / "third.safetensors")], **arguments)
+        convert.run([encoder, decoder, third], **arguments)
     argv = ["convert", "--family=csail", f"--labels={labels}", f"--output={tmp_path / 'm'}"]
     assert main([*argv, encoder, decoder]) == 0
 

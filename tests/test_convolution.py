@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pspnet_jax import parallel
+from pspnet_jax import parallel, programs
 from pspnet_jax.models import convolution
 from pspnet_jax.models.convolution import (
     batch_to_space,
@@ -176,6 +176,25 @@ def test_a_split_batch_stays_split(platform, channels, dilation):
     assert not [word for word in ("all-gather", "all-to-all", "collective-permute") if word in text]
     found = compiled(*jax.device_put((x, kernel), shardings))
     assert_close(found, gradients(x, kernel, platform=None), relative=1e-5)
+
+
+def test_what_winograd_makes_of_maps_is_not_kept_for_the_backward_pass(monkeypatch):
+    """What the barrier is there for: without it, a map four times as large of every convolution."""
+    x, kernels = jnp.zeros((1, 16, 16, 128)), [jnp.zeros((3, 3, 128, 128))] * 3
+
+    def temporary_bytes() -> int:
+        def total(kernels):
+            y = x
+            for kernel in kernels:
+                y = jax.nn.relu(convolve(y, kernel, platform="cpu"))
+            return jnp.sum(y**2)
+
+        compiled = programs.compile_step(jax.jit(jax.grad(total)), kernels, platform="cpu")
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    ours = temporary_bytes()
+    monkeypatch.setattr(jax.lax, "optimization_barrier", lambda operands: operands)
+    assert ours < 0.8 * temporary_bytes()
 
 
 def test_where_all_forms_are_plain_forward_mode_is_there():

@@ -9,7 +9,7 @@ import pytest
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.config import validate
 from pspnet_jax.data import transforms
-from pspnet_jax.models.families import ModelOptions, check_size
+from pspnet_jax.models.families import FAMILIES, ModelOptions, check_size
 
 BUDGET_SECONDS = 20
 

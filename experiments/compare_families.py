@@ -75,6 +75,13 @@ MMSEG_PROTOCOL = (
     "pspnet_r18b-d8_4xb2-80k_cityscapes-769x769",
     "pspnet_r50-d8_4xb4-80k_ade20k-512x512",
 )
+# Told wrongly on purpose, to see that the yardstick notices.
+WRONG = {
+    "smp_resnet50_depth3": {"align_corners": False},
+    "csail_resnet18dilated_PPM": {"align_corners": True},
+    "pspnet_r18b-d8_4xb2-80k_cityscapes-769x769": {"align_corners": False},
+    "pspnet50_ADE20K_473": {"bottleneck_stride": "3x3"},
+}
 MMSEG_SCALE, MMSEG_CROP, MMSEG_STRIDE = (260, 130), (97, 97), (65, 65)
 
 
@@ -135,6 +142,7 @@ def compare_smp(folder: Path, only: re.Pattern) -> Iterator[dict]:
 
         for size in ((96, 96), (64, 160), (75, 102)):
             yield {"network": name, **compare_logits(ours, logits, size)}
+        yield from compare_wrong(name, files[:1], "smp", originals.NUM_CLASSES, logits, (96, 96))
         exported = export_tensors(folder / name)
         fresh = cleared(originals.random_smp(backbone, depth))
         missing, unexpected = fresh.load_state_dict(exported, strict=False)
@@ -184,6 +192,7 @@ def compare_csail(folder: Path, only: re.Pattern) -> Iterator[dict]:
         ours = convert_all([files], "csail", originals.NUM_CLASSES, {}, name=name)
         for size in ((96, 96), (72, 56), (75, 62)):
             yield {"network": name, **compare_logits(ours, logits, size)}
+        yield from compare_wrong(name, files, "csail", originals.NUM_CLASSES, logits, (96, 96))
         decoder.use_softmax = True
         module = SegmentationModule(encoder, decoder, None).eval()
         options = types.SimpleNamespace(
@@ -238,6 +247,7 @@ def compare_mmseg(folder: Path, only: re.Pattern) -> Iterator[dict]:
         )
         for size in ((96, 96), (75, 62), (137, 130)):
             yield {"network": name, **compare_logits(ours, logits, size)}
+        yield from compare_wrong(name, files[:1], "mmseg", num_classes, logits, (96, 96))
         for image in painted_images() if name in MMSEG_PROTOCOL else ():
             yield {"network": name, **compare_mmseg_protocol(ours, model, config, image)}
         exported = export_tensors(folder / name)
@@ -348,6 +358,7 @@ def compare_caffe(checkout: Path, folder: Path, only: re.Pattern) -> Iterator[di
             return found
 
         yield {"network": name, **compare_logits(ours, logits, (side, side), batch_size=1)}
+        yield from compare_wrong(name, files[:1], "caffe", num_classes, logits, (side, side))
         target = folder / f"{name}_exported.caffemodel"
         export.run(str(folder / name), format="caffemodel", output=str(target))
         check_caffemodel(net_class, target, files[0])
@@ -435,6 +446,19 @@ def compare_logits(ours: Segmenter, logits: Logits, size: Size, *, batch_size: i
     found = np.asarray(ours.logits(images.numpy().transpose(0, 2, 3, 1)))
     difference = originals.difference(torch.tensor(found).permute(0, 3, 1, 2), logits(images))
     return {"size": size, "difference": difference}
+
+
+def compare_wrong(
+    name: str, files: list[Path], family: str, num_classes: int, logits: Logits, size: Size
+) -> Iterator[dict]:
+    """`compare_logits` where the network is told an option that is not its own."""
+    if name in WRONG:
+        ours = convert_all([files], family, num_classes, WRONG[name], name=f"{name}_wrong")
+        yield {
+            "network": name,
+            "wrong": WRONG[name],
+            **compare_logits(ours, logits, size, batch_size=1),
+        }
 
 
 def compare_probabilities(ours: Any, theirs: Tensor) -> dict:

@@ -71,11 +71,7 @@ def run(
         raise ValueError("which file? Name it after the options")
     where = " and ".join(files)
     arrays, known = _read_all(files)
-    told = {name: value for name, value in told.items() if value is not None}
-    for name in told.keys() & known.keys():
-        if told[name] != known[name]:
-            raise ValueError(f"{where} says {name}={known[name]}: leave --{name}={told[name]} out")
-    known |= told
+    known = _agreed(known, told, where)
     found = recognize(arrays, where=where)
     source = tables.of_file(found, (), arrays).source
     if found not in (None, family):
@@ -105,6 +101,15 @@ def run(
     if labels is None:
         return _convert_backbone(where, weights, options, Path(output))
     return _convert_network(where, weights, options, load_label_set(labels), Path(output))
+
+
+def _agreed(known: dict[str, Any], told: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What a file says and what the command says, which must not be another thing."""
+    told = {name: value for name, value in told.items() if value is not None}
+    for name in told.keys() & known.keys():
+        if told[name] != known[name]:
+            raise ValueError(f"{where} says {name}={known[name]}: leave --{name}={told[name]} out")
+    return known | told
 
 
 def _read_all(files: Sequence[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -150,12 +150,14 @@ def _convert_network(
     with checkpoints:
         checkpoints.save(0, {"model": model_part(description, **loaded)}, mean_iou=None)
     log.info(
-        "%s: PSPNet on %s, width %d, stem %s, pyramid %s, %d classes of '%s', protocol %s",
+        "%s: PSPNet on %s, width %d, stem %s, stride %d, pyramid %s, corners %s, %d classes of '%s', protocol %s",
         file,
         options.backbone,
         options.width,
         options.stem,
+        options.output_stride,
         options.pyramid_bins,
+        "aligned" if options.align_corners else "not aligned",
         label_set.num_classes,
         label_set.name,
         protocol.name,

@@ -17,7 +17,7 @@ import numpy as np
 
 from pspnet_jax.catalog import LabelSet
 from pspnet_jax.checkpoint import Tree, flatten, unflatten
-from pspnet_jax.models.families import FAMILIES, Normalization
+from pspnet_jax.models.families import FAMILIES
 from pspnet_jax.segmenter import read_checkpoint
 from pspnet_jax.weights import caffe, names, pytorch, safetensors, tables
 from pspnet_jax.weights.fit import CLASSIFIER, HEADS, fit
@@ -96,8 +96,8 @@ class Source(NamedTuple):
     weights: Weights
     label_set: LabelSet | None = None
     """None where it is not known."""
-    normalization: Normalization | None = None
-    """Of the images that they have learned from; None where it is not known."""
+    family: str | None = None
+    """Whose network they are; None where it is not known, or a backbone."""
 
 
 def read_weights(path: Path | str, *, bins: Sequence[int]) -> Source:
@@ -120,7 +120,7 @@ def read_weights(path: Path | str, *, bins: Sequence[int]) -> Source:
         arrays = tables.in_order(
             leaves, model.pyramid_bins, bins, map_first=model.pyramid_map_first
         )
-        return Source(_ours(arrays), description.label_set, description.normalization)
+        return Source(_ours(arrays), description.label_set, model.family)
     arrays, metadata = read_file(path)
     if metadata.get("format") == FORMAT:
         return Source(_ours(arrays))
@@ -133,7 +133,7 @@ def read_weights(path: Path | str, *, bins: Sequence[int]) -> Source:
     map_first = told.get("pyramid_map_first", FAMILIES[family].options["pyramid_map_first"])
     ordered = tables.in_order(weights.arrays, have, bins, map_first=map_first)
     weights = replace(weights, arrays=ordered)
-    return Source(weights, normalization=FAMILIES[family].normalization)
+    return Source(weights, family=family)
 
 
 def start_from(
@@ -143,7 +143,7 @@ def start_from(
     *,
     bins: Sequence[int],
     label_set: LabelSet,
-    normalization: Normalization | None = None,
+    family: str | None = None,
 ) -> tuple[Tree, Tree]:
     """Parameters and statistics of a new network with all that a file or folder has for it.
 
@@ -153,7 +153,7 @@ def start_from(
     Args:
         bins: of the network's pyramid, in its order.
         label_set: of the network.
-        normalization: of its images; another one than that of the weights is told.
+        family: of the network; that of the weights is told where it is another one.
 
     Returns:
         New trees.
@@ -161,7 +161,7 @@ def start_from(
     Raises:
         MisfitError: for anything else that does not fit, listing it all.
     """
-    weights, stored_set, seen = read_weights(path, bins=bins)
+    weights, stored_set, theirs = read_weights(path, bins=bins)
     fresh = flatten(params) | flatten(batch_stats)
     weights = weights.without(beyond(_num_stages(fresh)))
     other, anew = None, []
@@ -172,20 +172,26 @@ def start_from(
             anew = [CLASSIFIER]
         lacking = [h for h in _AUXILIARY if not any(p.startswith(h) for p in weights.arrays)]
         anew += [rf"{re.escape(head)}.*" for head in lacking]
-    found = fit(
-        weights,
-        {name: tuple(array.shape) for name, array in fresh.items()},
-        where=path,
-        starts_anew="|".join(anew) or None,
-    )
+    is_foreign = None not in (family, theirs) and theirs != family
+    shapes = {name: tuple(array.shape) for name, array in fresh.items()}
+    try:
+        found = fit(weights, shapes, where=path, starts_anew="|".join(anew) or None)
+    except MisfitError as error:
+        if not is_foreign:
+            raise
+        hint = f"likely cause: it is of the family '{theirs}' (--config.model.family={theirs})"
+        raise MisfitError(f"{error}\n  {hint}") from None
     log.info("init_from=%s", path)
     log.info("  loaded          %s", _listed(list(found.loaded), of=len(fresh)))
     log.info("  re-initialized  %s", _listed(found.reinitialized, of=len(fresh)))
     log.info("  left out        %s", _listed(found.left_out))
-    if seen is not None and normalization is not None and seen != normalization:
+    if is_foreign:
         log.warning(
-            "  they have seen images as (RGB - %s) / %s, this network sees (RGB - %s) / %s: its first steps adapt",
-            *(seen.mean, seen.std, normalization.mean, normalization.std),
+            "  these are weights of the family '%s', whose network computes other things from them than that of "
+            "'%s': --config.model.family=%s goes on with what they have learned",
+            theirs,
+            family,
+            theirs,
         )
     if other:
         log.info("  the classifiers start anew: %s", other)

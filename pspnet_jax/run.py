@@ -238,7 +238,7 @@ class Run:
             state.batch_stats,
             bins=self.description.model.pyramid_bins,
             label_set=self.description.label_set,
-            normalization=self.description.normalization,
+            family=self.description.model.family,
         )
         return dataclasses.replace(state, params=params, batch_stats=batch_stats)
 

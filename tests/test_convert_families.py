@@ -16,7 +16,7 @@ from test_caffe_files import blob, convolution, layer, net, number, row
 from test_golden_families import CASES, OF_FILES, load, options_of
 
 import pspnet_jax
-from pspnet_jax import convert, export, protocols
+from pspnet_jax import convert, export, pretrained, protocols
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.checkpoint import CheckpointFolder, flatten
 from pspnet_jax.main import main
@@ -348,8 +348,12 @@ def test_only_caffes_networks_go_into_caffes_format(tmp_path, labels):
 
 
 @pytest.mark.parametrize("through", ["file", "folder", "export"])
-def test_levels_come_in_the_order_of_the_network_that_starts_from_them(tmp_path, labels, through):
-    """And heads that the source does not have start anew, with a word on images normalized otherwise."""
+def test_levels_come_in_the_order_of_the_network_that_starts_from_them(
+    tmp_path, labels, through, monkeypatch
+):
+    """And heads that the source does not have start anew; that it is of another family is told."""
+    said = []
+    monkeypatch.setattr(pretrained.log, "warning", lambda text, *values: said.append(text % values))
     files, arrays = published("caffe_resnet50", tmp_path)
     source = files[0]
     if through != "file":
@@ -365,13 +369,29 @@ def test_levels_come_in_the_order_of_the_network_that_starts_from_them(tmp_path,
         batch_stats,
         bins=wanted.pyramid_bins,
         label_set=load_label_set(labels),
-        normalization=FAMILIES["semseg"].normalization,
+        family="semseg",
     )
+    assert "weights of the family 'caffe'" in said[0]
     theirs = arrays["conv5_4.0"].transpose(2, 3, 1, 0)[:, :, 256 : 256 + 64]  # of six bins
     np.testing.assert_array_equal(new["head"]["conv"]["kernel"][:, :, -64:], theirs)
     np.testing.assert_array_equal(
         new["aux_head"]["conv"]["kernel"], params["aux_head"]["conv"]["kernel"]
     )
+
+
+def test_a_network_that_another_familys_weights_do_not_fit_is_told_the_family(tmp_path, labels):
+    files, _ = published("mmseg_resnet18", tmp_path)
+    wanted = options(family="semseg", backbone="resnet18")
+    _, params, batch_stats = split_model(PSPNet(wanted, 7, rng=np.random.default_rng(0)))
+    with pytest.raises(MisfitError, match=r"likely cause: it is of the family 'mmseg'"):
+        start_from(
+            files[0],
+            params,
+            batch_stats,
+            bins=(1, 2, 3, 6),
+            label_set=load_label_set(labels),
+            family="semseg",
+        )
 
 
 def test_a_training_starts_from_a_whole_file_of_smp(tmp_path, labels):

@@ -164,14 +164,10 @@ def start_from(
     weights, stored_set, theirs = read_weights(path, bins=bins)
     fresh = flatten(params) | flatten(batch_stats)
     weights = weights.without(beyond(_num_stages(fresh)))
-    other, anew = None, []
-    if weights.is_backbone:
-        anew = [HEADS]
-    else:
-        if other := _other_classes(weights, stored_set, label_set):
-            anew = [CLASSIFIER]
-        lacking = [h for h in _AUXILIARY if not any(p.startswith(h) for p in weights.arrays)]
-        anew += [rf"{re.escape(head)}.*" for head in lacking]
+    other, anew = None, [HEADS]
+    if not weights.is_backbone:
+        other = _other_classes(weights, stored_set, label_set)
+        anew = [*_lacking_heads(weights), *([CLASSIFIER] if other else [])]
     is_foreign = None not in (family, theirs) and theirs != family
     shapes = {name: tuple(array.shape) for name, array in fresh.items()}
     try:
@@ -197,6 +193,12 @@ def start_from(
         log.info("  the classifiers start anew: %s", other)
     merged = unflatten({name: found.loaded.get(name, array) for name, array in fresh.items()})
     return _like(params, merged), _like(batch_stats, merged)
+
+
+def _lacking_heads(weights: Weights) -> list[str]:
+    """Patterns of the auxiliary heads of which weights have nothing."""
+    lacking = [h for h in _AUXILIARY if not any(path.startswith(h) for path in weights.arrays)]
+    return [rf"{re.escape(head)}.*" for head in lacking]
 
 
 def _num_stages(paths: Iterable[str]) -> int:

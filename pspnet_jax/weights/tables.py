@@ -59,6 +59,15 @@ def _sequence(module: str) -> tuple[Row, ...]:
     )
 
 
+def _levels(bins: Sequence[int], conv: str, norm: str) -> tuple[Row, ...]:
+    """Of the pyramid: templates with `{i}` for the place of a level among them."""
+    return tuple(
+        row
+        for i, size in enumerate(bins)
+        for row in _with_norm(conv.format(i=i), norm.format(i=i), f"pyramid.level{size}")
+    )
+
+
 def _below(module: str, rows: Iterable[Row]) -> tuple[Row, ...]:
     return tuple(Row(f"{module}.{row.theirs}", row.ours, row.kind) for row in rows)
 
@@ -72,11 +81,7 @@ _MMSEG_BACKBONE = replace(BACKBONE, rows=(*_sequence("stem"), *_BLOCKS))
 
 
 def _semseg(bins: Sequence[int]) -> Table:
-    levels = (
-        row
-        for i, size in enumerate(bins)
-        for row in _with_norm(f"ppm.features.{i}.1", f"ppm.features.{i}.2", f"pyramid.level{size}")
-    )
+    levels = _levels(bins, "ppm.features.{i}.1", "ppm.features.{i}.2")
     heads = (
         row
         for theirs, ours in (("cls", "head"), ("aux", "aux_head"))
@@ -122,15 +127,7 @@ def _caffe(bins: Sequence[int]) -> Table:
 
 
 def _mmseg(bins: Sequence[int], *, stem: str = "v1c") -> Table:
-    levels = (
-        row
-        for i, size in enumerate(bins)
-        for row in _with_norm(
-            f"decode_head.psp_modules.{i}.1.conv",
-            f"decode_head.psp_modules.{i}.1.bn",
-            f"pyramid.level{size}",
-        )
-    )
+    levels = _levels(bins, "decode_head.psp_modules.{i}.1.conv", "decode_head.psp_modules.{i}.1.bn")
     heads = (
         *_with_norm("decode_head.bottleneck.conv", "decode_head.bottleneck.bn", "head"),
         Row("decode_head.conv_seg", "head.classifier", CONV),
@@ -143,15 +140,7 @@ def _mmseg(bins: Sequence[int], *, stem: str = "v1c") -> Table:
 
 
 def _smp(bins: Sequence[int]) -> Table:
-    levels = (
-        row
-        for i, size in enumerate(bins)
-        for row in _with_norm(
-            f"decoder.psp.blocks.{i}.pool.1.0",
-            f"decoder.psp.blocks.{i}.pool.1.1",
-            f"pyramid.level{size}",
-        )
-    )
+    levels = _levels(bins, "decoder.psp.blocks.{i}.pool.1.0", "decoder.psp.blocks.{i}.pool.1.1")
     heads = (
         *_with_norm("decoder.conv.0", "decoder.conv.1", "head"),
         Row("segmentation_head.0", "head.classifier", CONV),
@@ -164,11 +153,7 @@ def _smp(bins: Sequence[int]) -> Table:
 
 
 def _csail(bins: Sequence[int]) -> Table:
-    levels = (
-        row
-        for i, size in enumerate(bins)
-        for row in _with_norm(f"ppm.{i}.1", f"ppm.{i}.2", f"pyramid.level{size}")
-    )
+    levels = _levels(bins, "ppm.{i}.1", "ppm.{i}.2")
     heads = (
         *_with_norm("conv_last.0", "conv_last.1", "head"),
         Row("conv_last.4", "head.classifier", CONV),

@@ -88,8 +88,8 @@ class Launcher:
     def __init__(self, output: Path, *, small: bool, platform: str = ""):
         self.output, self.small, self.platform = output, small, platform
 
-    def start(self, task: Task, **environment: str) -> Worker:
-        """The process of a task. Raises WorkerError where it fails."""
+    def start(self, task: Task, seconds: float | None = None, **environment: str) -> Worker:
+        """The process of a task. Raises WorkerError where it fails, or is not ready after the seconds."""
         # One for each column: compile seconds of one must not profit from another.
         # Without spaces: PyTorch hands the path to a C++ compiler as it is.
         name = re.sub(r"\W+", "_", f"{task.what} {task.column}")
@@ -110,7 +110,8 @@ class Launcher:
         side = task.module.removeprefix("benchmark_")
         names = (task.what, task.column, f"{task.batch}x{task.crop}", f"{task.devices}_{side}")
         name = "-".join(names).replace(", ", "_").replace(" ", "_")
-        return Worker(task, log=self.output / "logs" / f"{name}.log", environment=environment)
+        log = self.output / "logs" / f"{name}.log"
+        return Worker(task, log=log, environment=environment, seconds=seconds)
 
 
 def measure_group(

@@ -1,11 +1,14 @@
 """Our side of `benchmark.py`: the network of its device and the plain one, compiled for one shape."""
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import importlib.metadata
+import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import benchmark_counts
@@ -41,6 +44,8 @@ def prepare(task: Task) -> Prepared:
         "matrix product": matrix_product,
         "data": data,
         "counts": counts,
+        "profile of forward": profile,
+        "profile of training step": profile,
     }[task.what](task)
 
 
@@ -170,6 +175,34 @@ def counts(task: Task) -> Prepared:
     return _nothing_to_run({"macs": macs, "aux_macs": aux} | versions())
 
 
+def profile(task: Task) -> Prepared:
+    """Seconds of the kernels of a training step or a forward pass, and the memory that it takes."""
+    import kernel_times
+
+    prepared = {True: training_step, False: forward}[task.what.endswith("step")](task)
+    for _ in range(2):
+        prepared.wait(prepared.call())
+    num_calls = 3
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(num_calls):
+                result = prepared.call()
+            prepared.wait(result)
+        found = kernel_times.read(Path(folder), num_calls=num_calls)
+    return _nothing_to_run({"profile": found} | prepared.facts())
+
+
+@contextlib.contextmanager
+def its_turn() -> Iterator[None]:
+    """Of one process at a time where BENCHMARK_TURNS names a file: XLA chooses kernels by timing them."""
+    if not os.environ.get("BENCHMARK_TURNS"):
+        yield
+        return
+    with Path(os.environ["BENCHMARK_TURNS"]).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+        yield
+
+
 def lower_and_compile(function: Callable, *arguments: object) -> Callable:
     """Compile a jitted function for these arguments."""
     return function.lower(*arguments).compile()
@@ -179,9 +212,10 @@ def compile_(
     task: Task, function: Callable, *arguments: object, compiler: Callable = lower_and_compile
 ) -> tuple[Callable, dict]:
     """The compiled function, and what XLA says of it."""
-    start = time.perf_counter()
-    compiled = compiler(function, *arguments)
-    facts = {"compile_seconds": time.perf_counter() - start} | versions()
+    with its_turn():
+        start = time.perf_counter()
+        compiled = compiler(function, *arguments)
+        facts = {"compile_seconds": time.perf_counter() - start} | versions()
     if not task.is_counted:
         return compiled, facts
     plan = compiled.memory_analysis()

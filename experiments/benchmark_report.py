@@ -121,10 +121,9 @@ def _agreement_lines(agreement: dict[str, dict]) -> list[str]:
 def _table(group: dict, ceiling: float | None) -> list[str]:
     lines = ["| " + " | ".join(TITLES) + " |", "|---" * len(TITLES) + "|"]
     for name, row in group["columns"].items():
-        if "error" in row:
-            lines.append(
-                f"| {name} | {row['error'].replace('|', '/')} |" + " |" * (len(TITLES) - 2)
-            )
+        if "error" in row or not row["seconds"]:
+            said = row.get("error", "not measured").replace("|", "/")
+            lines.append(f"| {name} | {said} |" + " |" * (len(TITLES) - 2))
             continue
         cells = _cells(group, name, row, ceiling)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")

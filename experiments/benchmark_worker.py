@@ -12,6 +12,7 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -121,12 +122,20 @@ class Worker:
         task: what it prepares.
         log: file that receives its standard error.
         environment: variables on top of this process's.
+        seconds: it may take to prepare; None is no limit.
 
     Raises:
-        WorkerError: with the last line of the log, where the task fails.
+        WorkerError: with the last line of the log, where the task fails or takes longer.
     """
 
-    def __init__(self, task: Task, *, log: Path, environment: dict[str, str]):
+    def __init__(
+        self,
+        task: Task,
+        *,
+        log: Path,
+        environment: dict[str, str],
+        seconds: float | None = None,
+    ):
         self._log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as errors:
@@ -138,11 +147,16 @@ class Worker:
                 text=True,
                 env=os.environ | environment,
             )
+        timer = threading.Timer(seconds or threading.TIMEOUT_MAX, self._process.kill)
+        timer.daemon = True
+        timer.start()
         try:
             self.facts = self._reply()
         except BaseException:
             self.close()
             raise
+        finally:
+            timer.cancel()
 
     def measure(self) -> dict:
         """One measurement: 'seconds' of a call, and the facts at its end."""

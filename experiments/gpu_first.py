@@ -1,6 +1,6 @@
 """What to measure first on a GPU, in about ten minutes: where JAX loses time, and against PyTorch.
 
-    python experiments/gpu_first.py --output=gpu_first [--minutes=12]
+    python experiments/gpu_first.py --output=gpu_first [--minutes=12] [--tasks=dilated,pointwise]
 
 where jax, flax, optax and this package (or PYTHONPATH=.) are installed, and torch, if PyTorch is to
 be compared. `--small` runs everything on tiny shapes on the CPU in under a minute.
@@ -798,8 +798,8 @@ def write_report(output: Path, report: dict) -> None:
     (output / "results.md").write_text("\n".join(text))
 
 
-def run_all(output: Path, *, minutes: float, small: bool) -> None:
-    """Every task in turn until the minutes are over; the report is rewritten after every row."""
+def run_all(output: Path, names: list[str], *, minutes: float, small: bool) -> None:
+    """These tasks in turn until the minutes are over; the report is rewritten after every row."""
     output.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * minutes
     report = {
@@ -823,8 +823,9 @@ def run_all(output: Path, *, minutes: float, small: bool) -> None:
         said = row.get("error", milliseconds)
         print(f"{row['part']}  {row['column']:<18} {row['line']:<62} {said}", flush=True)
 
-    for name, task in TASKS.items():
-        left = end - time.monotonic()
+    share_of_all = sum(TASKS[name].share for name in names)
+    for name in names:
+        task, left = TASKS[name], end - time.monotonic()
         why_not = None
         if task.needs_torch and importlib.util.find_spec("torch") is None:
             why_not = "torch is not installed"
@@ -834,7 +835,7 @@ def run_all(output: Path, *, minutes: float, small: bool) -> None:
             report["notes"].update(dict.fromkeys(task.columns, why_not))
             print(f"{task.part}  {', '.join(task.columns)}: {why_not}", flush=True)
             continue
-        seconds = min(left, task.share * 60 * minutes)
+        seconds = min(left, max(task.share, task.share / share_of_all) * 60 * minutes)
         run_task(name, small=small, seconds=seconds, log=output / f"{name}.log", take=take)
     write_report(output, report)
     print(f"written: {output / 'results.md'}, {output / 'results.json'}")
@@ -846,12 +847,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("gpu_first"), help="folder")
     parser.add_argument("--minutes", type=float, default=12, help="at most, all together")
     parser.add_argument("--small", action="store_true", help="tiny shapes, on the CPU")
+    parser.add_argument("--tasks", default=",".join(TASKS), help="in this order; default: all")
     parser.add_argument("--task", choices=TASKS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.task:
         run_worker(arguments.task, SMALL if arguments.small else FULL)
-    else:
-        run_all(arguments.output, minutes=arguments.minutes, small=arguments.small)
+        return
+    names = arguments.tasks.split(",")
+    unknown = sorted(set(names) - set(TASKS))
+    if unknown:
+        parser.error(f"--tasks={','.join(unknown)}: there are {', '.join(TASKS)}")
+    run_all(arguments.output, names, minutes=arguments.minutes, small=arguments.small)
 
 
 if __name__ == "__main__":

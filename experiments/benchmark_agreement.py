@@ -13,6 +13,7 @@ from benchmark_worker import Prepared, Task, random_batch
 from flax import nnx
 
 from pspnet_jax.arrays import Batch
+from pspnet_jax.losses import LossOptions
 from pspnet_jax.models.pspnet import PSPNet
 from pspnet_jax.train_step import create_train_state, make_train_step, split_model
 
@@ -30,7 +31,7 @@ def prepare(task: Task) -> Prepared:
     facts = {"logits float32": _logits_difference(task, images, "float32")}
     facts["logits"] = _logits_difference(task, images, "float64")
     ours, theirs = _pair(task, "float64")
-    gradients, loss = _gradients(ours, images, labels)
+    gradients, loss = _gradients(ours, benchmark_jax.make_loss(task), images, labels)
     outputs = theirs.train()(pspnet_torch.normalize(torch.from_numpy(images), torch.float64))
     their_loss, *_ = pspnet_torch.segmentation_loss(*outputs, torch.from_numpy(labels).long())
     their_loss.backward()
@@ -67,13 +68,15 @@ def _logits_difference(task: Task, images: np.ndarray, dtype: str) -> float:
     return float(np.abs(np.asarray(found) - expected).max() / np.abs(expected).max())
 
 
-def _gradients(model: PSPNet, images: np.ndarray, labels: np.ndarray) -> tuple[dict, float]:
+def _gradients(
+    model: PSPNet, loss: LossOptions, images: np.ndarray, labels: np.ndarray
+) -> tuple[dict, float]:
     """Of one training step, which hands them on as the state of an optimizer that changes nothing."""
     keeping = optax.GradientTransformation(
         lambda params: optax.tree.zeros_like(params),
         lambda gradients, state, params: (optax.tree.zeros_like(gradients), gradients),
     )
-    step = make_train_step(model, keeping, lambda step: 0.0, loss=benchmark_jax.make_loss(), seed=0)
+    step = make_train_step(model, keeping, lambda step: 0.0, loss=loss, seed=0)
     num_images = len(images)
     index, valid = np.arange(num_images, dtype=np.int32), np.ones(num_images, bool)
     batch = Batch(images, labels, index, valid)

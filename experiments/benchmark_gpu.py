@@ -1,6 +1,6 @@
 """This project beside PyTorch on a GPU that is at hand for minutes: all programs are compiled at the same time.
 
-    python experiments/benchmark_gpu.py --output=runs/benchmark_gpu [--minutes=7] [--small]
+    python experiments/benchmark_gpu.py --output=runs/benchmark_gpu [--minutes=7] [--more] [--small]
 
 where jax, flax, optax, torch and this package (PYTHONPATH=.) are importable. What is measured, and how,
 is that of `benchmark.py`: a process for each column, columns taking turns. Here all of them are prepared together,
@@ -9,7 +9,7 @@ busy machine. Then, in this order, as far as the minutes reach:
 
 * the training step of PSPNet-50 and PSPNet-101, 16 crops of 473, and the forward pass of PSPNet-50
   for 1 and 32 images: ours, and PyTorch compiled (channels-last, bfloat16 autocast);
-* for PSPNet-50 the same with XLA's fusion of convolutions, and the forward pass by PyTorch eager;
+* with --more, for PSPNet-50, the same with XLA's fusion of convolutions, and the forward pass by PyTorch eager;
 * the kernels of our step and forward pass, and the memory they need in a process that finds them compiled;
 * the rate of matrix products.
 
@@ -34,15 +34,17 @@ COMPILED, EAGER = "PyTorch, compiled", "PyTorch, eager channels-last"
 XLA_FLAGS = {FUSION: "--xla_gpu_experimental_enable_conv_fusion=true"}
 MEASURING_SHARE = 0.35  # of the minutes, kept back when programs are compiled
 THREADS_OF_PYTORCH = 6  # that compile, of each process
+DEVICE_SHARE_OF_PYTORCH = 0.3  # of memory, for each process; cuDNN's trials would take more
 
 
 def groups(backbones: tuple[str, ...], **shape) -> dict[str, dict[str, Task]]:
     """What is compared -> column -> task; the columns that matter most come first."""
     small, large = backbones
-    both, three = (OURS, COMPILED), (OURS, COMPILED, FUSION)
+    both = (OURS, COMPILED)
+    more = (*both, FUSION, EAGER) if shape["more"] else both
     asked = {
-        "training step": [(small, shape["batch"], three), (large, shape["batch"], both)],
-        "forward": [(small, batch, (*three, EAGER)) for batch in (1, shape["forward_batch"])],
+        "training step": [(small, shape["batch"], more[:3]), (large, shape["batch"], both)],
+        "forward": [(small, batch, more) for batch in (1, shape["forward_batch"])],
     }
     common = {name: shape[name] for name in ("platform", "width", "num_classes", "crop")}
     found = {}
@@ -96,7 +98,10 @@ class Run:
 
     def start(self, task: Task, seconds: float) -> Worker:
         """A process that keeps what is compiled in a folder of all of ours."""
-        environment = {"TORCHINDUCTOR_COMPILE_THREADS": str(THREADS_OF_PYTORCH)}
+        environment = {
+            "TORCHINDUCTOR_COMPILE_THREADS": str(THREADS_OF_PYTORCH),
+            "BENCHMARK_DEVICE_SHARE": str(DEVICE_SHARE_OF_PYTORCH),
+        }
         if task.module == "benchmark_jax":
             cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(self.output / "cache" / "jax"))
             flags = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS.get(task.column, '')}"
@@ -214,6 +219,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=7, help="at most, all together")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--small", action="store_true", help="tiny shapes, on the CPU")
+    parser.add_argument("--more", action="store_true", help="more columns, more device memory")
     arguments = parser.parse_args()
     small = arguments.small
     found = groups(
@@ -224,6 +230,7 @@ def main() -> None:
         crop=33 if small else 473,
         batch=2 if small else 16,
         forward_batch=2 if small else 32,
+        more=arguments.more,
     )
     run = Run(arguments.output, small=small, minutes=arguments.minutes)
     try:

@@ -23,7 +23,7 @@ from pspnet_jax.arrays import Batch
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.compose import jit_over_mesh
 from pspnet_jax.config import default_config
-from pspnet_jax.losses import LossOptions
+from pspnet_jax.losses import LossOptions, tile_mib_of
 from pspnet_jax.models.families import FAMILIES, ModelOptions
 from pspnet_jax.models.pspnet import PSPNet, is_head
 from pspnet_jax.optimizer import poly_schedule, sgd
@@ -66,12 +66,13 @@ def platform_of(task: Task) -> str | None:
     return None if task.column == PLAIN else task.platform
 
 
-def make_loss() -> LossOptions:
+def make_loss(task: Task) -> LossOptions:
     """The authors' losses, computed as training computes them by default."""
     section = default_config().loss
     names = {field.name for field in dataclasses.fields(LossOptions)} & set(section)
     values = {name: section[name] for name in names}
-    return LossOptions(**values | {"aux_weight": 0.4, "presence_weight": 0.0})
+    chosen = {"tile_mib": tile_mib_of(task.platform), "aux_weight": 0.4, "presence_weight": 0.0}
+    return LossOptions(**values | chosen)
 
 
 def forward(task: Task) -> Prepared:
@@ -249,7 +250,7 @@ def _compiled_step(task: Task) -> tuple[Callable, dict, TrainState, Batch]:
     optimizer = sgd(
         schedule, momentum=0.9, weight_decay=1e-4, head_multiplier=10.0, is_head=is_head
     )
-    step = make_train_step(model, optimizer, schedule, loss=make_loss(), seed=0)
+    step = make_train_step(model, optimizer, schedule, loss=make_loss(task), seed=0)
     images, labels = random_batch(task)
     index, valid = np.arange(task.batch, dtype=np.int32), np.ones(task.batch, bool)
     mesh = parallel.make_mesh(jax.local_devices()[: task.devices])

@@ -6,6 +6,7 @@
 """
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 
@@ -21,6 +22,9 @@ from torch import Tensor, nn
 def prepare(task: Task) -> Prepared:
     """By what the task asks for."""
     torch.backends.cudnn.benchmark = True
+    share = float(os.environ.get("BENCHMARK_DEVICE_SHARE", "1"))
+    if share < 1 and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(share)
     return {
         "forward": forward,
         "training step": training_step,
@@ -223,6 +227,7 @@ def _facts(task: Task) -> dict:
     if task.platform == "gpu":
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
+        torch.cuda.empty_cache()  # other columns wait on the same device
     return {
         "versions": {"torch": torch.__version__, "CUDA": torch.version.cuda},
         "threads": torch.get_num_threads(),

@@ -36,7 +36,7 @@ from jax.sharding import SingleDeviceSharding
 
 from pspnet_jax import passes
 from pspnet_jax.arrays import Batch
-from pspnet_jax.losses import LossOptions
+from pspnet_jax.losses import LossOptions, tile_mib_of
 from pspnet_jax.models.families import FAMILIES, ModelOptions
 from pspnet_jax.models.layers import NoRandomNumbers
 from pspnet_jax.models.pspnet import PSPNet, is_head
@@ -146,14 +146,14 @@ class Case:
     crop: int = 473
     platform: str | None = "gpu"
     remat: bool = False
-    tile_mib: float | None = 64
+    tile_mib: float | None = tile_mib_of("gpu")
 
 
 CASES = {
     "step": Case("step", batch=16),
     "step_remat": Case("step", batch=16, remat=True),
     "step_resnet101": Case("step", batch=16, backbone="resnet101"),
-    "step_whole_loss": Case("step", batch=16, tile_mib=None),
+    "step_tiles": Case("step", batch=16, tile_mib=64),
     "step_narrow_plain": Case("step", batch=2, width=8, platform=None),
     "inference": Case("inference", batch=16),
     "inference_one": Case("inference", batch=1),

@@ -42,8 +42,7 @@ from checkout import commit_of_checkout
 from flax import nnx
 
 from pspnet_jax.arrays import Batch
-from pspnet_jax.config import default_config
-from pspnet_jax.losses import LossOptions
+from pspnet_jax.losses import LossOptions, tile_mib_of
 from pspnet_jax.models.convolution import batch_to_space, convolve, space_to_batch
 from pspnet_jax.models.families import ModelOptions
 from pspnet_jax.models.pspnet import PSPNet, is_head
@@ -457,7 +456,7 @@ def _step_of_jax(model: PSPNet, sizes: Sizes, batch_size: int) -> dict[str, obje
     optimizer = sgd(
         schedule, momentum=0.9, weight_decay=1e-4, head_multiplier=10.0, is_head=is_head
     )
-    loss = LossOptions(aux_weight=0.4, tile_mib=default_config().loss.tile_mib)
+    loss = LossOptions(aux_weight=0.4, tile_mib=tile_mib_of(jax.default_backend()))
     step = make_train_step(model, optimizer, schedule, loss=loss, seed=0)
     state = create_train_state(model, optimizer)
     images, labels = random_batch(sizes, batch_size)

@@ -26,11 +26,11 @@ def family_of(kernel: str) -> str:
     )
 
 
-def read(folder: Path, *, num_calls: int) -> dict[str, object]:
+def read(folder: Path, *, num_calls: int, num_longest: int = 40) -> dict[str, object]:
     """Seconds of one call by family and by kernel, where `num_calls` calls were traced into the folder.
 
     Returns:
-        'families': name -> seconds; 'kernels': the 40 longest as (name, operation of XLA, times, seconds);
+        'families': name -> seconds; 'kernels': the longest as (name, operation of XLA, times, seconds);
         'busy_seconds': of all kernels together. All are 0 or empty where no GPU was traced.
     """
     seconds: collections.Counter = collections.Counter()
@@ -52,7 +52,7 @@ def read(folder: Path, *, num_calls: int) -> dict[str, object]:
         families[family_of(name)] += value
     longest = [
         (name[:120], operation, times[name, operation] / num_calls, value)
-        for (name, operation), value in seconds.most_common(40)
+        for (name, operation), value in seconds.most_common(num_longest)
     ]
     return {
         "families": dict(families.most_common()),

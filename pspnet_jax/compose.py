@@ -15,7 +15,7 @@ from pspnet_jax.arrays import Batch
 from pspnet_jax.catalog import LabelSet, load_label_set
 from pspnet_jax.checkpoint import CheckpointFolder
 from pspnet_jax.data import transforms
-from pspnet_jax.losses import LossOptions
+from pspnet_jax.losses import LossOptions, tile_mib_of
 from pspnet_jax.models.families import AUX_HEADS, FAMILIES, ModelOptions, check_size
 from pspnet_jax.models.pspnet import PSPNet, is_head
 from pspnet_jax.optimizer import Schedule, adam, multistep_schedule, poly_schedule, sgd
@@ -66,7 +66,7 @@ def compose(config: ConfigDict, workdir: Path) -> Run:
         nnx.merge(*structure),
         optimizer,
         schedule,
-        loss=_loss_options(config, label_set, num_devices=mesh.size),
+        loss=_loss_options(config, label_set, mesh),
         accumulate_steps=config.train.accumulate_steps,
         seed=config.seed,
     )
@@ -138,7 +138,7 @@ def _resolve_model(config: ConfigDict) -> ModelOptions:
     return dataclasses.replace(options, aux_heads=tuple(heads))
 
 
-def _loss_options(config: ConfigDict, label_set: LabelSet, *, num_devices: int) -> LossOptions:
+def _loss_options(config: ConfigDict, label_set: LabelSet, mesh: Mesh) -> LossOptions:
     options, num_parts = config.loss, config.train.accumulate_steps
     weights = options.class_weights
     if weights is not None and len(weights) != label_set.num_classes:
@@ -158,7 +158,8 @@ def _loss_options(config: ConfigDict, label_set: LabelSet, *, num_devices: int) 
         )
     values = {field.name: options[field.name] for field in dataclasses.fields(LossOptions)}
     values["class_weights"] = None if weights is None else tuple(map(float, weights))
-    values["tile_mib"] = options.tile_mib * num_devices
+    tile_mib = options.tile_mib or tile_mib_of(parallel.platform_of(mesh))
+    values["tile_mib"] = tile_mib * mesh.size
     return LossOptions(**values)
 
 

@@ -95,7 +95,8 @@ def default_config() -> ConfigDict:
     loss.ohem_share_min = 0.0625  # of the valid pixels, that count in any case; 0..1
     loss.normalizer = "valid"  # divide by pixels: valid (that count) | all
     loss.resolution = "full"  # full: logits at label size | eighth: labels at that of the logits
-    loss.tile_mib = 64.0  # of full-size logits that each device makes at a time, MiB; above 0
+    # of full-size logits that each device makes at a time, MiB; None = 64, on GPUs 4096
+    loss.tile_mib = placeholder(float)
 
     optimizer = config.optimizer = ConfigDict()
     optimizer.name = "sgd"  # sgd | adam

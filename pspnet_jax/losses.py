@@ -9,12 +9,14 @@
   presence loss (divided by their number, as PyTorch's BCEWithLogitsLoss).
 """
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, UInt8
 
@@ -27,7 +29,7 @@ from pspnet_jax.arrays import (
     PresenceLogits,
     Scalar,
 )
-from pspnet_jax.resample import Maps, Platform, apply_matrices, resize, resize_matrix
+from pspnet_jax.resample import Maps, Platform, apply_matrix, resize_matrix
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,14 @@ class LossOptions:
 
 
 PLAIN = LossOptions()
+
+
+def tile_mib_of(platform: Platform) -> float:
+    """`LossOptions.tile_mib` that suits one device. On GPUs small tiles are slow, and of a tile only its gradient
+    is ever stored."""
+    return 4096.0 if platform == "gpu" else 64.0
+
+
 AnyLabels = UInt8[AnyArray, "_batch _height _width"]
 """Of another batch, or thinned out."""
 PixelWeights = Float[jax.Array, "_batch _height _width"]
@@ -110,8 +120,9 @@ def stretched_cross_entropy(
 ) -> Scalar:
     """`cross_entropy` of logits of any size, stretched to label size.
 
-    Where all stretched logits are more than `options.tile_mib`, they are made in tiles of rows, of which the
-    forward pass keeps three numbers a pixel at most; the backward pass makes each tile once more.
+    Logits are stretched down; where all of them, stretched across too, are more than `options.tile_mib`,
+    that is done in tiles of rows, of which the forward pass keeps three numbers a pixel at most; the
+    backward pass makes each tile once more.
 
     Args:
         logits: [batch, h, w, classes].
@@ -122,23 +133,32 @@ def stretched_cross_entropy(
     num_classes = logits.shape[3]
     stretched_mib = batch * height * width * num_classes * logits.dtype.itemsize / 2**20
     if options.tile_mib is None or stretched_mib <= options.tile_mib:
-        logits = resize(logits, (height, width), align_corners=align_corners, platform=platform)
-        return cross_entropy(logits, labels, options, of_batch=of_batch)
-    num_rows = max(int(options.tile_mib / stretched_mib * height), 1)
-    num_tiles = -(-height // num_rows)
-    missing = num_tiles * num_rows - height
+        num_rows = height
+    else:
+        num_rows = max(int(options.tile_mib / stretched_mib * height), 1)
     rows = resize_matrix(logits.shape[1], height, align_corners=align_corners)
     columns = resize_matrix(logits.shape[2], width, align_corners=align_corners)
-    rows = jnp.pad(rows, ((0, missing), (0, 0))).reshape(num_tiles, num_rows, -1)
-    padded = jnp.pad(labels, ((0, 0), (0, missing), (0, 0)), constant_values=IGNORE_LABEL)
-    padded = jnp.moveaxis(padded.reshape(batch, num_tiles, num_rows, width), 1, 0)
+    stretched_down = apply_matrix(logits, rows, axis=1, platform=platform)
 
-    @jax.checkpoint
-    def scores_of(rows: jax.Array, labels: jax.Array) -> PixelScores:
-        tile = apply_matrices(logits, rows, columns, platform=platform)
-        return _pixel_scores(tile, labels, options)
+    def scores_of(stretched_down: Maps, labels: AnyLabels) -> PixelScores:
+        tile = apply_matrix(stretched_down, columns, axis=2, platform=platform)
+        return _pixel_scores(tile.astype(logits.dtype), labels, options, platform=platform)
 
-    tiles = jax.lax.map(lambda tile: scores_of(*tile), (rows, padded))
+    kept = jax.checkpoint_policies.save_only_these_names(_LOG_TOTAL)
+    again = jax.checkpoint(scores_of, policy=kept)
+    if num_rows == height:
+        scores = (again if platform == "gpu" else scores_of)(stretched_down, labels)
+        return _mean_loss(scores, labels, options, num_classes, of_batch=of_batch)
+    num_tiles = -(-height // num_rows)
+    missing = num_tiles * num_rows - height
+
+    def tiles_of(x: AnyArray, filling: int) -> jax.Array:
+        padding = [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)
+        padded = jnp.pad(x, padding, constant_values=filling)
+        return jnp.moveaxis(padded.reshape(batch, num_tiles, num_rows, *x.shape[2:]), 1, 0)
+
+    given = tiles_of(stretched_down, 0), tiles_of(labels, IGNORE_LABEL)
+    tiles = jax.lax.map(lambda tile: again(*tile), given)
     scores = jax.tree.map(
         lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1, width)[:, :height], tiles
     )
@@ -156,28 +176,55 @@ class PixelScores(NamedTuple):
     """Mean of the logits, each times the weight of its class; for label smoothing."""
 
 
-def _pixel_scores(logits: Logits, labels: AnyLabels, options: LossOptions) -> PixelScores:
+def _pixel_scores(
+    logits: Logits, labels: AnyLabels, options: LossOptions, *, platform: Platform = None
+) -> PixelScores:
     mean = None
     if options.label_smoothing:
         mean = jnp.mean(logits * _class_factors(logits, options), axis=-1)
-    return PixelScores(jax.nn.logsumexp(logits, axis=-1), _own(logits, labels), mean)
+    return PixelScores(_log_total(logits), _own(logits, labels, platform), mean)
+
+
+_LOG_TOTAL = "log_total"  # its name where a checkpoint chooses what is kept
 
 
 @jax.custom_vjp
-def _own(logits: Logits, labels: AnyLabels) -> PixelWeights:
+def _log_total(logits: Logits) -> PixelWeights:
+    """logsumexp over the classes; its gradient needs nothing else of the forward pass but its value."""
+    return jax.nn.logsumexp(logits, axis=-1)
+
+
+def _log_total_forward(logits: Logits):
+    total = checkpoint_name(jax.nn.logsumexp(logits, axis=-1), _LOG_TOTAL)
+    return total, (logits, total)
+
+
+def _log_total_backward(saved, gradient: PixelWeights):
+    logits, total = saved
+    return (gradient[..., None] * jnp.exp(logits - total[..., None]),)
+
+
+_log_total.defvjp(_log_total_forward, _log_total_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _own(logits: Logits, labels: AnyLabels, platform: Platform) -> PixelWeights:
     """The logit of each pixel's class; 0 where it is ignored. A gather, whose gradient would be a scatter:
-    it is a comparison instead."""
-    num_classes, place = logits.shape[-1], labels.astype(jnp.int32)
+    it is a comparison instead. So it is on GPUs from the start: what is gathered from would be stored."""
+    num_classes = logits.shape[-1]
+    if platform == "gpu":
+        return jnp.sum(jnp.where(_is_label(labels, num_classes), logits, 0), axis=-1)
+    place = labels.astype(jnp.int32)
     inside = jnp.minimum(place, num_classes - 1)[..., None]
     own = jnp.take_along_axis(logits, inside, axis=-1)[..., 0]
     return jnp.where(place < num_classes, own, 0)
 
 
-def _own_forward(logits: Logits, labels: AnyLabels):
-    return _own(logits, labels), (labels, logits[0, 0, 0])
+def _own_forward(logits: Logits, labels: AnyLabels, platform: Platform):
+    return _own(logits, labels, platform), (labels, logits[0, 0, 0])
 
 
-def _own_backward(saved, gradient: PixelWeights):
+def _own_backward(platform: Platform, saved, gradient: PixelWeights):
     labels, like = saved
     return jnp.where(_is_label(labels, like.size), gradient[..., None], 0), None
 

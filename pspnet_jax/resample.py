@@ -13,7 +13,7 @@
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -235,16 +235,74 @@ def apply_matrices(
     platform: Platform = None,
 ) -> Maps:
     """rows @ x @ columns^T for every image and channel, in the dtype of `x`."""
-    dtype = _accumulator(x)
+    y = apply_matrix(x, rows, axis=1, platform=platform)
+    return apply_matrix(y, columns, axis=2, platform=platform).astype(x.dtype)
 
-    def contract(equation: str, matrix: AnyArray, maps: jax.Array) -> jax.Array:
+
+def apply_matrix(
+    x: Maps, matrix: Float[AnyArray, "new_size size"], *, axis: int, platform: Platform = None
+) -> Maps:
+    """The matrix times x along one axis, 1 (down) or 2 (across), in float32 (float64 of float64)."""
+    x = x.astype(_accumulator(x))
+    if platform == "gpu" and isinstance(matrix, np.ndarray) and _is_narrow(matrix):
+        return _weighted_sums(x, matrix, axis)
+
+    def contract(equation: str, matrix: AnyArray) -> jax.Array:
         # The weights are positions, not learned values: rounding them to TF32 or bfloat16 would move pixels.
-        return jnp.einsum(equation, matrix.astype(dtype), maps, precision=jax.lax.Precision.HIGHEST)
+        return jnp.einsum(equation, matrix.astype(x.dtype), x, precision=jax.lax.Precision.HIGHEST)
 
-    y = contract("Hh,nhwc->nHwc", rows, x.astype(dtype))
-    if platform == "cpu" and columns.shape[1] <= x.shape[3]:
+    if axis == 1:
+        return contract("Hh,nhwc->nHwc", matrix)
+    if platform == "cpu" and matrix.shape[1] <= x.shape[3]:
         # One product for each row: a single one leaves its result transposed, which costs more than itself.
         # Of a wide map of few channels the matrix, repeated for each row, would cost more than that.
-        each = jnp.broadcast_to(jnp.asarray(columns), (*y.shape[:2], *columns.shape))
-        return contract("nHWw,nHwc->nHWc", each, y).astype(x.dtype)
-    return contract("Ww,nhwc->nhWc", columns, y).astype(x.dtype)
+        each = jnp.broadcast_to(jnp.asarray(matrix), (*x.shape[:2], *matrix.shape))
+        return contract("nhWw,nhwc->nhWc", each)
+    return contract("Ww,nhwc->nhWc", matrix)
+
+
+def _is_narrow(matrix: np.ndarray) -> bool:
+    """Whether sums of a few samples are less work for a GPU than a product, which float32 leaves to slow
+    units: of a bilinear resizing and of its gradient, down to a 16th."""
+    return np.count_nonzero(matrix, axis=1).max() <= 2 and len(_bands(matrix.T).weights[0]) <= 33
+
+
+class _Bands(NamedTuple):
+    """The entries of each row of a matrix from its first to its last one that is not zero, all rows of one
+    length."""
+
+    places: Int32[np.ndarray, "rows entries"]
+    weights: Float[np.ndarray, "rows entries"]
+
+
+def _bands(matrix: Float[np.ndarray, "rows columns"]) -> _Bands:
+    filled = matrix != 0
+    first = filled.argmax(axis=1)
+    last = matrix.shape[1] - 1 - filled[:, ::-1].argmax(axis=1)
+    length = int(np.where(filled.any(axis=1), last - first + 1, 1).max())
+    start = np.minimum(first, matrix.shape[1] - length)
+    places = (start[:, None] + np.arange(length)).astype(np.int32)
+    return _Bands(places, np.take_along_axis(matrix, places, axis=1))
+
+
+def _weighted_sums(x: Maps, matrix: np.ndarray, axis: int) -> Maps:
+    """`apply_matrix` as sums of samples, which XLA computes where they are used; so is the gradient."""
+    forward, backward = _bands(matrix), _bands(matrix.T)
+
+    def summed(x: jax.Array, bands: _Bands) -> jax.Array:
+        total = jnp.zeros((), x.dtype)
+        shape = [1] * x.ndim
+        shape[axis] = len(bands.places)
+        for places, weights in zip(bands.places.T, bands.weights.T, strict=True):
+            samples = x.at[(slice(None),) * axis + (places,)].get(
+                mode="promise_in_bounds", indices_are_sorted=True
+            )
+            total = total + samples * jnp.asarray(weights.reshape(shape), x.dtype)
+        return total
+
+    @jax.custom_vjp
+    def apply(x: jax.Array) -> jax.Array:
+        return summed(x, forward)
+
+    apply.defvjp(lambda x: (apply(x), None), lambda _, g: (summed(g, backward),))
+    return apply(x)

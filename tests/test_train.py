@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pspnet_jax import compose as compose_module
-from pspnet_jax import load
+from pspnet_jax import load, parallel
 from pspnet_jax import run as run_module
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.checkpoint import CheckpointFolder, CorruptCheckpointError
@@ -408,5 +408,8 @@ def test_labels_of_an_eighth_need_logits_of_an_eighth(data, tmp_path):
 def test_tiles_of_the_loss_are_those_of_each_device():
     config, label_set = default_config(), load_label_set("camvid")
     config.loss.update(aux_weight=0.4, presence_weight=0.0)
-    options = compose_module._loss_options(config, label_set, num_devices=8)
-    assert options.tile_mib == 8 * config.loss.tile_mib
+    mesh = parallel.make_mesh()
+    assert mesh.size == 8
+    assert compose_module._loss_options(config, label_set, mesh).tile_mib == 8 * 64
+    config.loss.tile_mib = 3.0
+    assert compose_module._loss_options(config, label_set, mesh).tile_mib == 8 * 3

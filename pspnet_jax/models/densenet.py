@@ -98,7 +98,9 @@ class DenseNet(nnx.Module):
                 f"{width + 1}): each layer grows by half of it"
             )
         conv = functools.partial(Conv, initializer=initializer, dtype=dtype, platform=platform)
-        norm = functools.partial(BatchNorm, frozen=frozen_norm, momentum=norm_momentum)
+        norm = functools.partial(
+            BatchNorm, frozen=frozen_norm, momentum=norm_momentum, platform=platform
+        )
         self.num_layers, self.remat = DEPTHS[backbone], remat
         growth = width // 2
         self.stem = PlainStem(width, conv=conv, norm=norm, rng=rng)

@@ -182,8 +182,10 @@ class BatchNorm(nnx.Module):
         running = (1 - momentum) * running + momentum * (mean, variance * n / (n - 1)).
 
     * Under `jax.jit` with a batch split over devices the statistics are those of the global batch.
-    * The variance is taken in two passes in float32 (float64 where the input is): E[x^2] - E[x]^2
-      cancels when the mean is large.
+    * The variance is taken in float32 (float64 where the input is) in two passes: E[x^2] - E[x]^2
+      cancels when the mean is large. On GPUs it is one pass, around the running mean instead of 0: what
+      cancels there is the distance between the batch's mean and the running one, and where that is d standard
+      deviations, the variance is rounded by (1 + d^2) times as much.
     * `frozen` uses the running values in training too and leaves them alone.
 
     Raises:
@@ -191,13 +193,20 @@ class BatchNorm(nnx.Module):
     """
 
     def __init__(
-        self, channels: int, *, momentum: float = 0.1, epsilon: float = 1e-5, frozen: bool = False
+        self,
+        channels: int,
+        *,
+        momentum: float = 0.1,
+        epsilon: float = 1e-5,
+        frozen: bool = False,
+        platform: Platform = None,
     ):
         self.scale = nnx.Param(jnp.ones(channels))
         self.bias = nnx.Param(jnp.zeros(channels))
         self.mean = nnx.BatchStat(jnp.zeros(channels))
         self.variance = nnx.BatchStat(jnp.ones(channels))
         self.momentum, self.epsilon, self.frozen = momentum, epsilon, frozen
+        self.platform = platform
 
     def takes_statistics(self, *, train: bool) -> bool:
         """Whether it normalizes by the batch, not by its running values."""
@@ -221,8 +230,15 @@ class BatchNorm(nnx.Module):
                 "use a global batch of at least 2 for each of train.accumulate_steps, or "
                 "--config.model.frozen_norm=True"
             )
-        mean = x.mean(axis=(0, 1, 2))
-        variance = jnp.square(x - _per_channel(mean)).mean(axis=(0, 1, 2))
+        if self.platform == "gpu":
+            # Sums of both kinds are one reading of x, forward and backward; two passes are five.
+            near = jax.lax.stop_gradient(self.mean[...])
+            distance = x - _per_channel(near)
+            first, second = (y.mean(axis=(0, 1, 2)) for y in (distance, jnp.square(distance)))
+            mean, variance = near + first, jnp.maximum(second - jnp.square(first), 0)
+        else:
+            mean = x.mean(axis=(0, 1, 2))
+            variance = jnp.square(x - _per_channel(mean)).mean(axis=(0, 1, 2))
         mean, variance = (checkpoint_name(value, "statistics") for value in (mean, variance))
         self._move(self.mean, mean)
         self._move(self.variance, variance * (count / (count - 1)))
@@ -358,14 +374,17 @@ def average_pool(x: Features) -> Features:
     return cells.mean(axis=(2, 4), dtype=jnp.promote_types(x.dtype, jnp.float32)).astype(x.dtype)
 
 
-def run(blocks: Sequence[Block], x: Features, *, train: bool, remat: bool) -> Features:
+def run(
+    blocks: Sequence[Block], x: Features, *, train: bool, remat: bool, stores_all: bool = False
+) -> Features:
     """x through blocks, one after the other.
 
     For the backward pass x and the results of convolutions are stored; norms, activations and sums are
-    computed again from them, which is little work. With `remat` only what goes from block to block is stored.
+    computed again from them, which is little work. With `remat` only what goes from block to block is
+    stored; with `stores_all`, else, whatever the backward pass reads.
     """
-    if not train:
-        return functools.reduce(lambda x, block: block(x, train=False), blocks, x)
+    if not train or (stores_all and not remat):
+        return functools.reduce(lambda x, block: block(x, train=train), blocks, x)
     policies = jax.checkpoint_policies
     stored = policies.nothing_saveable if remat else policies.save_only_these_names(*_STORED)
     graphdefs, states = zip(*map(nnx.split, blocks), strict=True)

@@ -71,7 +71,10 @@ class PSPNet(nnx.Module):
             Conv, initializer=initializers.heads, dtype=dtype, platform=platform
         )
         norm = functools.partial(
-            BatchNorm, frozen=options.frozen_norm, momentum=options.norm_momentum
+            BatchNorm,
+            frozen=options.frozen_norm,
+            momentum=options.norm_momentum,
+            platform=platform,
         )
         self.pyramid = _make_pyramid(
             options, self.backbone.last_channels, conv=conv, norm=norm, rng=rng

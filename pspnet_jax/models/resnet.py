@@ -239,9 +239,13 @@ class ResNet(nnx.Module):
     ):
         block, num_blocks = DEPTHS[backbone]
         conv = functools.partial(Conv, initializer=initializer, dtype=dtype, platform=platform)
-        norm = functools.partial(BatchNorm, frozen=frozen_norm, momentum=norm_momentum)
+        norm = functools.partial(
+            BatchNorm, frozen=frozen_norm, momentum=norm_momentum, platform=platform
+        )
         self.stem = _make_stem(stem, width, conv=conv, norm=norm, rng=rng)
         self.num_blocks, self.remat = num_blocks[:num_stages], remat
+        # A GPU reads and writes maps about as long as it multiplies: what is stored is not made again.
+        self.stores_all = platform == "gpu"
         channels = self.stem.out_channels
         strides, dilations = zip(*stage_strides(output_stride), strict=True)
         if fixed_dilation:
@@ -270,11 +274,12 @@ class ResNet(nnx.Module):
         self.auxiliary_channels, self.last_channels = channels // 2, channels
 
     def __call__(self, x: Features, *, train: bool) -> BackboneFeatures:
-        x = run([self.stem], x, train=train, remat=self.remat)
+        through = functools.partial(run, train=train, remat=self.remat, stores_all=self.stores_all)
+        x = through([self.stem], x)
         stages = []
         for stage, num_blocks in enumerate(self.num_blocks, start=1):
             blocks = [getattr(self, f"layer{stage}_{i}") for i in range(num_blocks)]
-            x = run(blocks, x, train=train, remat=self.remat)
+            x = through(blocks, x)
             stages.append(x)
         return BackboneFeatures(stages[-2], stages[-1])
 

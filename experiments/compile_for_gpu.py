@@ -154,6 +154,7 @@ CASES = {
     "step_remat": Case("step", batch=16, remat=True),
     "step_resnet101": Case("step", batch=16, backbone="resnet101"),
     "step_tiles": Case("step", batch=16, tile_mib=64),
+    "step_remat_tiles": Case("step", batch=16, remat=True, tile_mib=64),
     "step_narrow_plain": Case("step", batch=2, width=8, platform=None),
     "inference": Case("inference", batch=16),
     "inference_one": Case("inference", batch=1),

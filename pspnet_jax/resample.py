@@ -236,6 +236,9 @@ def apply_matrices(
 ) -> Maps:
     """rows @ x @ columns^T for every image and channel, in the dtype of `x`."""
     y = apply_matrix(x, rows, axis=1, platform=platform)
+    if platform == "gpu":
+        # Else each sample of the result is made of four of x, which takes longer than to store y.
+        y = jax.lax.optimization_barrier(y)
     return apply_matrix(y, columns, axis=2, platform=platform).astype(x.dtype)
 
 

@@ -50,11 +50,12 @@ from pspnet_jax.report import summary, write_report
 from pspnet_jax.segmenter import Description, Provenance, Segmenter, model_part
 from pspnet_jax.skipped_steps import SkippedSteps
 from pspnet_jax.train_step import TrainState, TrainStep
+from pspnet_jax.version import __version__
 from pspnet_jax.watchdog import Watchdog
 
 log = logging.getLogger("pspnet_jax")
 
-_LIBRARIES = ("pspnet_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+_LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 # How a network is computed, not what it is: these may change when a run goes on.
 _CHANGEABLE_OPTIONS = ("dtype", "remat", "frozen_norm", "initializer", "dropout_rate")
@@ -300,12 +301,13 @@ class Run:
         log.debug("command: %s", shlex.join(sys.argv))
         log.debug("config: %s", json.dumps(self.config.to_dict()))
         log.debug(
-            "process %d of %d (%d on %s); Python %s, %s",
+            "process %d of %d (%d on %s); Python %s, pspnet_jax %s, %s",
             jax.process_index(),
             jax.process_count(),
             os.getpid(),
             socket.gethostname(),
             platform.python_version(),
+            __version__,
             ", ".join(f"{name} {metadata.version(name)}" for name in _LIBRARIES),
         )
         if self.what_was_scaled:

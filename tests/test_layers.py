@@ -1,5 +1,7 @@
 """Convolution, linear, batch norm, PReLU, dropout and pools against plain NumPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -169,6 +171,47 @@ class TestBatchNorm:
         norm = BatchNorm(1)
         x = random(4, 20, 20, 1) * 0.01 + 30
         assert np.std(norm(x, train=True)) == pytest.approx(1 / np.sqrt(1 + 1e-5 / 1e-4), rel=0.02)
+
+    def test_one_pass_is_two_passes(self):
+        """The form for GPUs: values, running statistics, gradients of everything."""
+
+        def losses(platform, values, x, *, train):
+            norm = BatchNorm(3, platform=platform)
+            nnx.update(norm, values)
+            y = norm(x, train=train)
+            statistics = nnx.to_pure_dict(nnx.state(norm, nnx.BatchStat))
+            return jnp.sum(jnp.sin(3 * y)), (y, statistics)
+
+        with jax.enable_x64(True):
+            x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 4, 3)) * 2 + 7)
+            rng = np.random.default_rng(1)
+            values = jax.tree.map(
+                lambda v: jnp.asarray(v + rng.uniform(0.1, 1, v.shape)),
+                nnx.state(BatchNorm(3)),
+            )
+            expected, found = (
+                jax.value_and_grad(functools.partial(losses, p, train=True), (0, 1), has_aux=True)(
+                    values, x
+                )
+                for p in (None, "gpu")
+            )
+        pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+        for value, golden in pairs:
+            np.testing.assert_allclose(value, golden, rtol=1e-11, atol=1e-12)
+
+    @pytest.mark.parametrize("deviations", [0.0, 3.0, 30.0])
+    def test_one_pass_rounds_as_it_says(self, deviations):
+        """(1 + d^2) times what a float32 sum of 3200 values is off, around a running mean d deviations away."""
+        x = random(8, 20, 20, 1)
+        norm = BatchNorm(1, momentum=1.0, platform="gpu")
+        norm.mean[...] = jnp.asarray([np.float32(np.mean(x) + deviations * np.std(x))])
+        norm(x, train=True)
+        exact = np.var(np.asarray(x, np.float64), ddof=1)
+        assert abs(float(norm.variance[0]) / exact - 1) < 40 * 2**-24 * (1 + deviations**2)
+
+    def test_one_pass_never_takes_the_root_of_a_negative_variance(self):
+        norm = BatchNorm(1, platform="gpu")
+        assert np.isfinite(norm(jnp.full((4, 20, 20, 1), 1234.567), train=True)).all()
 
     def test_half_precision_statistics_are_taken_in_full_precision(self):
         norm, exact = BatchNorm(2), BatchNorm(2)

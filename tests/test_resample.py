@@ -1,5 +1,7 @@
 """Pooling and resizing against hand-worked values and independent statements."""
 
+import functools
+
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -7,9 +9,11 @@ import numpy as np
 import pytest
 
 from pspnet_jax.resample import (
+    _bands,
     adaptive_average_pool,
     adaptive_average_pools,
     adaptive_max_pool,
+    apply_matrix,
     pooling_bins,
     pooling_matrix,
     resize,
@@ -242,3 +246,39 @@ def test_gradient_has_no_scatter():
     program = str(jax.make_jaxpr(jax.grad(total))(jnp.ones((1, 13, 9, 2))))
     assert "scatter" not in program
     assert "gather" not in program
+
+
+# (size, new size) along one axis: up, up by a number that does not divide, down, a single sample, more than a 16th.
+AXES = [(5, 33), (6, 17), (9, 4), (1, 7), (7, 1), (2, 60)]
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize(("size", "new_size"), AXES)
+def test_sums_of_samples_are_the_product(size, new_size, align_corners):
+    """Values and gradient of the form for GPUs, and that it is taken."""
+    matrix = resize_matrix(size, new_size, align_corners=align_corners)
+
+    def apply(x, axis, platform):
+        return apply_matrix(x, matrix, axis=axis, platform=platform)
+
+    with jax.enable_x64(True):
+        x = maps(size, size, dtype=np.float64)
+        for axis in (1, 2):
+            expected, back = jax.vjp(functools.partial(apply, axis=axis, platform=None), x)
+            found, back_by_sums = jax.vjp(functools.partial(apply, axis=axis, platform="gpu"), x)
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-14)
+            gradient = jnp.asarray(np.random.default_rng(1).standard_normal(expected.shape))
+            pair = back_by_sums(gradient)[0], back(gradient)[0]
+            np.testing.assert_allclose(*pair, rtol=0, atol=1e-13)
+        program = str(jax.make_jaxpr(functools.partial(apply, axis=1, platform="gpu"))(x))
+    # The gradient of a sample that becomes 60 would be a sum of too many.
+    assert ("dot_general" in program) == (new_size == 60)
+
+
+def test_bands_hold_every_entry():
+    matrix = np.array([[0, 0, 3, 0], [1, 0, 2, 0], [0, 0, 0, 0], [0, 0, 0, 5.0]])
+    places, weights = _bands(matrix)
+    assert places.shape == weights.shape == (4, 3)
+    rebuilt = np.zeros_like(matrix)
+    np.add.at(rebuilt, (np.arange(4)[:, None], places), weights)
+    np.testing.assert_array_equal(rebuilt, matrix)

@@ -95,7 +95,7 @@ def test_the_log_alone_gives_the_run_again(finished, tmp_path):
     train(from_json(config), tmp_path)
     assert digests(tmp_path, 6) == digests(finished, 6)
     assert "DEBUG command: " in text
-    assert re.search(r"process 0 of 1 .+ Python 3\.\d+.+jax \d", text)
+    assert re.search(r"process 0 of 1 .+ Python 3\.\d+.+pspnet_jax \d.+jax \d", text)
     for step in (2, 4, 6):
         assert f"step {step} is saved and was read back" in text
 

@@ -70,12 +70,8 @@ class PSPNet(nnx.Module):
         conv = functools.partial(
             Conv, initializer=initializers.heads, dtype=dtype, platform=platform
         )
-        norm = functools.partial(
-            BatchNorm,
-            frozen=options.frozen_norm,
-            momentum=options.norm_momentum,
-            platform=platform,
-        )
+        frozen, momentum = options.frozen_norm, options.norm_momentum
+        norm = functools.partial(BatchNorm, frozen=frozen, momentum=momentum, platform=platform)
         self.pyramid = _make_pyramid(
             options, self.backbone.last_channels, conv=conv, norm=norm, rng=rng
         )

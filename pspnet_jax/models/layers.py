@@ -231,7 +231,7 @@ class BatchNorm(nnx.Module):
                 "--config.model.frozen_norm=True"
             )
         if self.platform == "gpu":
-            # Sums of both kinds are one reading of x, forward and backward; two passes are five.
+            # One reading of x for both sums, and one less in the backward pass.
             near = jax.lax.stop_gradient(self.mean[...])
             distance = x - _per_channel(near)
             first, second = (y.mean(axis=(0, 1, 2)) for y in (distance, jnp.square(distance)))

@@ -3,6 +3,8 @@
 * A step is visible only when it is complete: Orbax writes to a temporary folder and renames it.
 * `model` is all that is needed to use a network: parameters, batch statistics and a JSON description
   (model options, label set, normalization, protocol). `optimizer` is what only training needs.
+* The arrays of a part are written as one run of bytes (`packing`) in pieces of 64 MiB: TensorStore loses some
+  memory with every array that it opens, and takes a millisecond for each.
 * Every part carries a digest (SHA-256 over names, shapes and values), checked on every load, because
   neither the disk nor the array format promises that what is read is what was written.
 * The latest two steps and the best one are kept; older ones go only after the new one was read back.
@@ -28,9 +30,12 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from pspnet_jax.packing import Packed, pack, size, unpack
+
 Tree = dict
 log = logging.getLogger("pspnet_jax")
 NUM_LATEST = 2
+_PIECE_BYTES = 64 * 2**20
 _RECORD_FILE = "_CHECKPOINT_METADATA"  # Orbax's; JSON
 _STEP_FOLDER = re.compile(r"\d{8}")
 
@@ -47,8 +52,8 @@ class StepRecord:
     """Part -> SHA-256 in hexadecimal."""
     mean_iou: float | None
     """Of the evaluation at that step, where there was one."""
-    shapes: Mapping[str, Tree]
-    """Part -> the tree of what `_shape` says of its leaves."""
+    layouts: Mapping[str, Tree]
+    """Part -> what `packing` says of its bytes."""
 
 
 class CheckpointFolder:
@@ -90,13 +95,13 @@ class CheckpointFolder:
         try:
             text = (self.folder(step) / _RECORD_FILE).read_text()
             metadata = json.loads(text)["custom_metadata"]
-            shapes = metadata.get("shapes", {})
-            if shapes and metadata["score_digest"] != _score_digest(step, metadata["mean_iou"]):
+            layouts = metadata.get("layouts", {})
+            if layouts and metadata["score_digest"] != _score_digest(step, metadata["mean_iou"]):
                 raise ValueError("its score differs from the digest")
-            record = StepRecord(metadata["digests"], metadata["mean_iou"], shapes)
+            record = StepRecord(metadata["digests"], metadata["mean_iou"], layouts)
         except Exception as error:
             raise CorruptCheckpointError(f"{self.folder(step)}: {error}") from error
-        if not shapes:
+        if not layouts:
             raise ValueError(
                 f"{self.folder(step)} was written by an older version; read it with that"
             )
@@ -117,18 +122,17 @@ class CheckpointFolder:
         if mean_iou is not None and math.isnan(mean_iou):
             mean_iou = None  # nothing to judge: no best step
         # Copies, because the caller's next step may reuse the buffers while this is being written.
-        host_parts = {name: jax.tree.map(_to_host_copy, part) for name, part in parts.items()}
-        self._check_can_write(host_parts)
-        digests = {name: digest(part) for name, part in host_parts.items()}
+        packed = {name: pack(part) for name, part in parts.items()}
+        self._check_can_write(sum(len(part.stream) for part in packed.values()))
         response = ocp.save_checkpointables_async(
             str(self.folder(step)),
-            host_parts,
+            {name: _pieces(part.stream) for name, part in packed.items()},
             overwrite=True,
             custom_metadata={
-                "digests": {**digests},
+                "digests": {name: digest(unpack(part)) for name, part in packed.items()},
                 "mean_iou": mean_iou,
                 "score_digest": _score_digest(step, mean_iou),
-                "shapes": {name: jax.tree.map(_shape, part) for name, part in host_parts.items()},
+                "layouts": {name: part.layout for name, part in packed.items()},
             },
         )
         self._pending = (step, response)
@@ -173,8 +177,10 @@ class CheckpointFolder:
         """
         record = self.record(step)
         try:
-            target = jax.tree.map(_host_target, record.shapes[part])
-            tree = ocp.load_checkpointables(str(self.folder(step)), {part: target})[part]
+            layout = record.layouts[part]
+            target = _pieces(np.empty(size(layout), np.uint8))
+            pieces = ocp.load_checkpointables(str(self.folder(step)), {part: target})[part]
+            tree = unpack(Packed(np.concatenate([pieces[name] for name in sorted(pieces)]), layout))
         except (PermissionError, MemoryError):
             raise  # the machine's trouble, not the checkpoint's
         except Exception as error:
@@ -199,12 +205,11 @@ class CheckpointFolder:
         for entry in self.path.glob("*.orbax-checkpoint-tmp*") if self.path.is_dir() else ():
             shutil.rmtree(entry, ignore_errors=True)
 
-    def _check_can_write(self, parts: Mapping[str, Tree]) -> None:
+    def _check_can_write(self, num_bytes: int) -> None:
         """Raise OSError where a step will not be written: Orbax's own end would be long and unclear."""
         self.path.mkdir(parents=True, exist_ok=True)
         if not os.access(self.path, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.path))
-        num_bytes = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(parts))
         free = shutil.disk_usage(self.path).free
         if free < num_bytes:
             raise OSError(
@@ -303,22 +308,10 @@ def _root_cause(error: BaseException, *, handled: BaseException | None = None) -
     return text if len(text) <= 600 else f"{text[:300]} ... {text[-300:]}"
 
 
-def _to_host_copy(leaf: Any) -> Any:
-    return leaf if isinstance(leaf, str) else np.array(leaf)
+def _pieces(stream: np.ndarray) -> dict[str, np.ndarray]:
+    starts = range(0, len(stream), _PIECE_BYTES)
+    return {f"{i:04d}": stream[start : start + _PIECE_BYTES] for i, start in enumerate(starts)}
 
 
 def _score_digest(step: int, mean_iou: float | None) -> str:
     return hashlib.sha256(f"{step} {mean_iou!r}".encode()).hexdigest()
-
-
-def _shape(leaf: Any) -> str:
-    """'float32 3 3 64' of an array, '' of a string."""
-    return "" if isinstance(leaf, str) else " ".join([leaf.dtype.name, *map(str, leaf.shape)])
-
-
-def _host_target(shape: str) -> Any:
-    """What Orbax reads into: an array of that shape, a string."""
-    if not shape:
-        return ""
-    dtype, *sides = shape.split()
-    return np.empty([*map(int, sides)], dtype)

@@ -21,6 +21,7 @@ LAYERS = [
         "taps",
         "catalog",
         "config",
+        "packing",
         "checkpoint",
         "metric_writer",
         "programs",

@@ -8,11 +8,11 @@ names that follow from it differ. Writes results.json and results.md into the ou
 """
 
 import argparse
-import importlib.util
 import itertools
 import json
 from pathlib import Path
 
+import config_file
 import jax
 import numpy as np
 
@@ -30,10 +30,7 @@ AMBIGUOUS = [i for i, group in enumerate(LABEL_SET.groups) if group]
 def trained(folder: Path, network: str, seed: int, num_steps: int | None) -> pspnet_jax.Segmenter:
     """The network of one run, trained or resumed, at its last step."""
     path = Path(__file__).parent.parent / "configs" / "scenes.py"
-    spec = importlib.util.spec_from_file_location("scenes_config", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = config_file.load(path)
     config.seed = seed
     config.model.pyramid_bins = NETWORKS[network]
     config.train.num_steps = num_steps or config.train.num_steps

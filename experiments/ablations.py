@@ -1,0 +1,259 @@
+"""The tables of the paper as one sweep: pooling, auxiliary weight, depth, and what each part adds.
+
+    python experiments/ablations.py --output=runs/ablations                                 # on `scenes`
+    python experiments/ablations.py --output=runs/ablations_ade20k --config=configs/ade20k.py \\
+        --depths=resnet50,resnet101,resnet152,resnet269 --set=data.root=ADEChallengeData2016
+
+* Every run is one command of the command line, in a folder of its own named by what it changes, and its log beside it:
+  what is there is not run again, what was stopped goes on, and any of them can be run by hand.
+* Rows that several tables share are run once. Each table shows means over the seeds with the lowest and the
+  highest, beside the paper's ADE20K figures (Zhao et al. 2017, tables 1 to 4).
+* Without --num_steps each run is as long as its config says. --tables=1,2 runs some only; --jobs=2 runs two at a
+  time. results.json and results.md are written again after every run.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import config_file
+from checkout import commit_of_checkout
+
+NO_PYRAMID = {"model.pyramid_bins": "()"}
+WITH_AUGMENTATION, WITHOUT = {"augment.recipe": "semseg"}, {"augment.recipe": "none"}
+NO_AUX = {"loss.aux_weight": "0.0"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table: a network that is trained, and perhaps evaluated in another way."""
+
+    label: str
+    changes: Mapping[str, str] = field(default_factory=dict)
+    """Option of the config -> value, as the command line takes it."""
+    paper: str = ""
+    """Mean IoU / pixel accuracy on ADE20K, in percent."""
+    is_multi_scale: bool = False
+
+
+def tables(depths: Sequence[str]) -> dict[str, tuple[str, list[Row]]]:
+    """Number of the table -> what it asks, and its rows."""
+    # What the config has already (bins 1, 2, 3, 6, average, reduced channels, weight 0.4) is no change.
+    one_bin, maximum = {"model.pyramid_bins": "(1,)"}, {"model.pyramid_pool": "max"}
+    wide = {"model.pyramid_reduction": "False"}
+    pooling = [
+        Row("baseline: no pyramid", NO_PYRAMID, "37.23 / 78.01"),
+        Row("B1, max", one_bin | maximum | wide, "39.94 / 79.46"),
+        Row("B1, average", one_bin | wide, "40.07 / 79.52"),
+        Row("B1236, max", maximum | wide, "40.18 / 79.45"),
+        Row("B1236, average", wide, "41.07 / 79.97"),
+        Row("B1236, max, reduced", maximum, "40.87 / 79.61"),
+        Row("B1236, average, reduced", {}, "41.68 / 80.04"),
+    ]
+    auxiliary = [
+        Row("none", NO_PYRAMID | NO_AUX, "35.82 / 77.07"),
+        Row("0.3", NO_PYRAMID | {"loss.aux_weight": "0.3"}, "37.01 / 77.87"),
+        Row("0.4", NO_PYRAMID, "37.23 / 78.01"),
+        Row("0.6", NO_PYRAMID | {"loss.aux_weight": "0.6"}, "37.09 / 77.84"),
+        Row("0.9", NO_PYRAMID | {"loss.aux_weight": "0.9"}, "36.99 / 77.87"),
+    ]
+    papers = {
+        "resnet50": "41.68 / 80.04",
+        "resnet101": "41.96 / 80.64",
+        "resnet152": "42.62 / 80.80",
+        "resnet269": "43.81 / 80.88",
+    }
+    depth = [Row(name, {"model.backbone": name}, papers.get(name, "")) for name in depths]
+    added = [
+        Row("baseline", NO_PYRAMID | NO_AUX | WITHOUT, "34.28 / 76.35"),
+        Row("+ augmentation", NO_PYRAMID | NO_AUX | WITH_AUGMENTATION, "35.82 / 77.07"),
+        Row("+ auxiliary loss", NO_PYRAMID | WITH_AUGMENTATION, "37.23 / 78.01"),
+        Row("+ pyramid", WITH_AUGMENTATION, "41.68 / 80.04"),
+    ]
+    deepest = WITH_AUGMENTATION | {"model.backbone": depths[-1]}
+    added.append(Row(f"+ {depths[-1]}", deepest, "43.81 / 80.88"))
+    added.append(Row("+ multi-scale", deepest, "44.94 / 81.69", is_multi_scale=True))
+    return {
+        "1": ("pooling: bins, kind, reduction of channels", pooling),
+        "2": ("weight of the auxiliary loss, without a pyramid", auxiliary),
+        "3": ("depth", depth),
+        "4": ("what each part adds", added),
+    }
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Where runs lie, and what all of them share."""
+
+    output: Path
+    config: str
+    shared: Mapping[str, str]
+    """Option -> value, below the changes of a row."""
+    scales: str
+    """Of the multi-scale evaluation."""
+
+    def scores(self, row: Row, seed: int) -> dict:
+        """Mean IoU, pixel accuracy, groups of a row; its network is trained and evaluated if it is not yet."""
+        changes = self._relevant(row.changes)
+        folder = self.output / _name(changes) / f"seed{seed}"
+        if not list(folder.glob("evaluation/*-whole/report.json")):
+            options = {**self.shared, **changes, "seed": str(seed)}
+            flags = [f"--config.{name}={value}" for name, value in options.items()]
+            self._run(folder, [f"--config={self.config}", f"--workdir={folder}", *flags])
+        reports = folder / "evaluation"
+        if row.is_multi_scale:
+            reports = folder / "multi_scale"
+            if not list(reports.glob("**/report.json")):
+                flags = ["--protocol=semseg", f"--scales={self.scales}", "--flip", "--step=latest"]
+                self._run(
+                    folder, ["evaluate", f"--checkpoint={folder}", f"--output={reports}", *flags]
+                )
+        report = json.loads(max(reports.glob("**/report.json")).read_text())
+        return {key: report[key] for key in ("mean_iou", "pixel_accuracy", "groups")}
+
+    def _relevant(self, changes: Mapping[str, str]) -> dict[str, str]:
+        """Without what the config says already, so that equal runs have equal names."""
+        flat = config_file.load(self.config)
+        found = {}
+        for name, value in changes.items():
+            section, option = name.split(".")
+            if str(flat[section][option]) != value:
+                found[name] = value
+        return found
+
+    def _run(self, folder: Path, arguments: list[str]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pspnet_jax.main", *arguments]
+        with (folder / "output.txt").open("a") as log:
+            ended = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
+        if ended.returncode != 0:
+            last = (folder / "output.txt").read_text().strip().splitlines()[-1]
+            raise RuntimeError(f"{folder}: exit status {ended.returncode}: {last}")
+
+
+def _name(changes: Mapping[str, str]) -> str:
+    """Of a folder: 'pyramid_bins=1,2_aux_weight=0.4'."""
+    parts = [
+        f"{name.split('.')[-1]}={re.sub('[() ]', '', value) or 'none'}"
+        for name, value in sorted(changes.items())
+    ]
+    return "_".join(parts) or "as_configured"
+
+
+def _runs(chosen: Mapping[str, tuple[str, list[Row]]], seeds: Sequence[int]) -> Iterator[tuple]:
+    for number, (_, rows) in chosen.items():
+        for row in rows:
+            for seed in seeds:
+                yield number, row, seed
+
+
+def markdown(chosen: Mapping[str, tuple[str, list[Row]]], found: Mapping[str, dict]) -> str:
+    """The tables as far as they are known."""
+    text = []
+    for number, (question, rows) in chosen.items():
+        text += [
+            f"### Table {number}: {question}",
+            "",
+            "| | mean IoU | pixel accuracy | groups | seeds | paper, ADE20K |",
+            "|---|---|---|---|---|---|",
+        ]
+        for row in rows:
+            seeds = found.get(number, {}).get(row.label, {})
+            values = [seeds[seed] for seed in sorted(seeds)]
+            cells = [_spread([v[key] for v in values]) for key in ("mean_iou", "pixel_accuracy")]
+            groups = sorted({name for v in values for name in v["groups"]})
+            each = [f"{g} {_mean([v['groups'][g] for v in values])}" for g in groups]
+            line = [row.label, *cells, ", ".join(each), str(len(values)), row.paper]
+            text.append("| " + " | ".join(line) + " |")
+        text.append("")
+    return "\n".join(text)
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    known = [v for v in values if v is not None]
+    return f"{statistics.mean(known):.3f}" if known else ""
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    return f"{statistics.mean(values):.3f} ({min(values):.3f} .. {max(values):.3f})"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder of runs and results")
+    parser.add_argument("--config", default="configs/scenes.py")
+    parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
+    parser.add_argument("--tables", default="1,2,3,4", help="comma-separated")
+    parser.add_argument("--depths", default="resnet10,resnet18,resnet34", help="shallow to deep")
+    parser.add_argument("--num_steps", type=int, help="of each run; default: the config's")
+    parser.add_argument("--scales", default="0.75,1.0,1.25", help="of the multi-scale evaluation")
+    parser.add_argument("--set", action="append", default=[], help="OPTION=VALUE for all runs")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    arguments = parser.parse_args()
+    shared = dict(text.split("=", 1) for text in arguments.set)
+    if arguments.num_steps:
+        shared["train.num_steps"] = str(arguments.num_steps)
+    steps = shared.get("train.num_steps") or str(config_file.load(arguments.config).train.num_steps)
+    shared.setdefault("train.evaluate_every_steps", steps)
+    sweep = Sweep(arguments.output, arguments.config, shared, arguments.scales)
+    every = tables(arguments.depths.split(","))
+    chosen = {number: every[number] for number in arguments.tables.split(",")}
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    sys.exit(run_all(sweep, chosen, seeds, jobs=arguments.jobs))
+
+
+def run_all(
+    sweep: Sweep, chosen: Mapping[str, tuple[str, list[Row]]], seeds: Sequence[int], *, jobs: int
+) -> int:
+    """All runs; the number of those that failed, which the next call tries again."""
+    sweep.output.mkdir(parents=True, exist_ok=True)
+    found: dict[str, dict] = {}
+    faults: list[str] = []
+    # By what is trained: rows that share a network are not trained at the same time.
+    shared: dict[tuple, list[tuple]] = {}
+    for number, row, seed in _runs(chosen, seeds):
+        key = (seed, _name(sweep._relevant(row.changes)))
+        shared.setdefault(key, []).append((number, row, seed))
+
+    def run_group(group: list[tuple]) -> None:
+        for number, row, seed in group:
+            try:
+                scores = sweep.scores(row, seed)
+            except RuntimeError as error:
+                faults.append(str(error))
+                print(error, file=sys.stderr, flush=True)
+                continue
+            found.setdefault(number, {}).setdefault(row.label, {})[seed] = scores
+            print(f"table {number}, {row.label}, seed {seed}: {scores['mean_iou']:.4f}", flush=True)
+            write()
+
+    def write() -> None:
+        report = {
+            "commit": commit_of_checkout(),
+            "config": sweep.config,
+            "shared": dict(sweep.shared),
+            "tables": found,
+            "faults": faults,
+        }
+        (sweep.output / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+        (sweep.output / "results.md").write_text(markdown(chosen, found))
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        for pending in [pool.submit(run_group, group) for group in shared.values()]:
+            pending.result()
+    print(markdown(chosen, found))
+    return min(len(faults), 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -28,7 +28,8 @@ from pspnet_jax.models.families import FAMILIES, ModelOptions
 from pspnet_jax.models.pspnet import PSPNet, is_head
 from pspnet_jax.optimizer import poly_schedule, sgd
 from pspnet_jax.resample import resize
-from pspnet_jax.segmenter import Description, Provenance, Segmenter
+from pspnet_jax.segmenter import Provenance, Segmenter
+from pspnet_jax.stored_model import Description
 from pspnet_jax.train_step import TrainState, create_train_state, make_train_step, split_model
 
 OURS, PLAIN = "ours", "ours, plain"

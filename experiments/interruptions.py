@@ -152,8 +152,11 @@ def live(workdir: Path, way: str, rng: random.Random, *, longest_seconds: float)
     open_files = resident = 0
     if way in ("kill", "terminate"):
         time.sleep(delay)
-        open_files, resident = process.open_files(), process.resident_bytes()
-        process.process.send_signal(signal.SIGKILL if way == "kill" else signal.SIGTERM)
+        if process.process.poll() is None:
+            open_files, resident = process.open_files(), process.resident_bytes()
+            process.process.send_signal(signal.SIGKILL if way == "kill" else signal.SIGTERM)
+        else:
+            faults.append(f"ended by itself: {process.lines[-3:]}")
     code = process.wait(120)
     if code is None:
         faults.append("did not end")

@@ -21,7 +21,7 @@ from pspnet_jax.models.pspnet import PSPNet, is_head
 from pspnet_jax.optimizer import Schedule, adam, multistep_schedule, poly_schedule, sgd
 from pspnet_jax.protocols import Protocol
 from pspnet_jax.run import Run
-from pspnet_jax.segmenter import Description
+from pspnet_jax.stored_model import Description
 from pspnet_jax.train_step import (
     Metrics,
     TrainState,

@@ -27,8 +27,8 @@ from pspnet_jax.models.layers import NoRandomNumbers
 from pspnet_jax.models.pspnet import PSPNet
 from pspnet_jax.models.resnet import DEPTHS
 from pspnet_jax.passes import structure
-from pspnet_jax.pretrained import FORMAT, OPTIONS, beyond, read_file, recognize
-from pspnet_jax.segmenter import Description, model_part
+from pspnet_jax.pretrained import OPTIONS, beyond, read_file, recognize
+from pspnet_jax.stored_model import FILE_FORMAT, Description, model_part
 from pspnet_jax.train_step import split_model
 from pspnet_jax.weights import names, safetensors, tables
 from pspnet_jax.weights.fit import Shape, fit, stem_of
@@ -118,7 +118,7 @@ def _read_all(files: Sequence[str]) -> tuple[dict[str, np.ndarray], dict[str, An
     known: dict[str, Any] = {}
     for file in files:
         found, metadata = read_file(file)
-        if metadata.get("format") == FORMAT:
+        if metadata.get("format") == FILE_FORMAT:
             raise ValueError(f"{file} is converted already: use it with --config.init_from")
         twice = sorted(arrays.keys() & found.keys())
         if twice:
@@ -176,7 +176,7 @@ def _convert_backbone(file: str, weights: Weights, options: ModelOptions, output
     shapes = {p: tuple(x.shape) for p, x in leaves.items() if p.startswith("backbone.")}
     _check_amount(weights, shapes, options, file)
     found = fit(weights, shapes, where=file)
-    metadata = {"format": FORMAT, "backbone": options.backbone, "stem": options.stem}
+    metadata = {"format": FILE_FORMAT, "backbone": options.backbone, "stem": options.stem}
     safetensors.write(target, found.loaded, metadata)
     log.info(
         "%s: %s, width %d, stem %s; %d tensors -> %s; left out: %s",

@@ -173,6 +173,12 @@ def open_split(data: ConfigDict, *, split: str, label_set: LabelSet) -> Source:
     )
 
 
+def _home(checkpoint: str) -> Path:
+    """Where reports of a network lie that is no run: a file, or a shipped one."""
+    path = Path(checkpoint)
+    return path if path.is_dir() else Path("runs") / path.stem
+
+
 def output_folder(
     workdir: Path, *, step: int, split: str, protocol: Protocol, label_set: LabelSet
 ) -> Path:
@@ -195,7 +201,7 @@ def run(
     """The verb `evaluate`: a checkpoint over a split of its own data, or of that of `config`.
 
     Args:
-        checkpoint: folder of a run or of a converted model.
+        checkpoint: folder of a run or of a converted model, a file, or a shipped name (see `load`).
         config: where the data is; None: the run's own. Of its section `evaluate` only split,
             batch_size and canvas_gib are used, the protocol is the checkpoint's or the arguments'.
         protocol: by name; None: the checkpoint's own.
@@ -222,7 +228,7 @@ def run(
         log.info("by the checkpoint's protocol; the config's is used with --protocol=%s", named)
     number = segmenter.provenance.step
     usual = output_folder(
-        Path(checkpoint), step=number, split=split, protocol=chosen, label_set=segmenter.label_set
+        _home(checkpoint), step=number, split=split, protocol=chosen, label_set=segmenter.label_set
     )
     folder, origin = Path(output) if output else usual, data_origin(config.data)
     _check_folder(folder, segmenter, chosen, {"split": split, **origin})

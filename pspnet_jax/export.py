@@ -20,22 +20,19 @@ import jax.export
 import numpy as np
 from flax import nnx
 
+from pspnet_jax import stored_model
 from pspnet_jax.checkpoint import flatten
 from pspnet_jax.metric_writer import write_whole
 from pspnet_jax.models.families import FORWARD_OPTIONS, ModelOptions
 from pspnet_jax.models.resnet import DEPTHS, Bottleneck
 from pspnet_jax.passes import structure
 from pspnet_jax.pretrained import OPTIONS
-from pspnet_jax.segmenter import (
-    Description,
-    StoredModel,
-    logits_function,
-    read_checkpoint,
-)
+from pspnet_jax.segmenter import logits_function
+from pspnet_jax.stored_model import Description, StoredModel
 from pspnet_jax.version import __version__
 from pspnet_jax.weights import caffe, names, safetensors, tables
 
-FORMATS = ("safetensors", "caffemodel", "stablehlo")
+FORMATS = ("pspnet_jax", "safetensors", "caffemodel", "stablehlo")
 _AUXILIARY = ("aux_head.", "presence_head.")
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -80,8 +77,10 @@ def run(
     for path in (target, *([_description_path(target)] if format == "stablehlo" else [])):
         if path.exists():
             raise FileExistsError(f"{path} exists; choose another --output")
-    stored = read_checkpoint(checkpoint, step=step)
-    if format == "safetensors":
+    stored = stored_model.read(checkpoint, step=step)
+    if format == "pspnet_jax":
+        stored_model.write_file(stored, target)
+    elif format == "safetensors":
         _write_safetensors(stored, target)
     elif format == "caffemodel":
         _write_caffemodel(stored, target)

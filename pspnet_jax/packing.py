@@ -48,11 +48,13 @@ def unpack(packed: Packed) -> dict:
     for path, start, text in _places(layout):
         kind, *sides = text.split()
         part = stream[start : start + _num_bytes(text)]
-        leaf = part.tobytes().decode() if kind == _TEXT else part.view(kind)
         node = tree
         for key in path[:-1]:
             node = node[key]
-        node[path[-1]] = leaf if kind == _TEXT else leaf.reshape([*map(int, sides)])
+        is_text = kind == _TEXT
+        node[path[-1]] = (
+            part.tobytes().decode() if is_text else part.view(kind).reshape([*map(int, sides)])
+        )
     return tree
 
 

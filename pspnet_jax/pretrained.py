@@ -15,17 +15,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pspnet_jax import stored_model
 from pspnet_jax.catalog import LabelSet
 from pspnet_jax.checkpoint import Tree, flatten, unflatten
 from pspnet_jax.models.families import FAMILIES
-from pspnet_jax.segmenter import read_checkpoint
 from pspnet_jax.weights import caffe, names, pytorch, safetensors, tables
 from pspnet_jax.weights.fit import CLASSIFIER, HEADS, fit
 from pspnet_jax.weights.names import MisfitError, Weights
 from pspnet_jax.weights.pytorch import WeightsFileError
-
-FORMAT = "pspnet_jax"
-"""In the metadata of safetensors files that hold our own paths and layout."""
 
 OPTIONS = "options"
 """In the metadata of published files that `export` writes: `FORWARD_OPTIONS`, which names and shapes do not tell,
@@ -108,12 +105,12 @@ def read_weights(path: Path | str, *, bins: Sequence[int]) -> Source:
         bins: of the pyramid, into whose order the levels are put. Published files only number them, unless we
             wrote them.
     """
-    path = Path(path)
+    path = stored_model.find(path)
     files = sorted(path.glob("*.safetensors"))
     if len(files) == 1 and not (path / "checkpoints").exists():
         path = files[0]  # the folder of a converted backbone
     if path.is_dir():
-        stored = read_checkpoint(path, step="best")
+        stored = stored_model.read(path, step="best")
         log.info("%s: step %d", path, stored.step)
         description, model = stored.description, stored.description.model
         leaves = flatten(stored.part["params"]) | flatten(stored.part["batch_stats"])
@@ -122,7 +119,7 @@ def read_weights(path: Path | str, *, bins: Sequence[int]) -> Source:
         )
         return Source(_ours(arrays), description.label_set, model.family)
     arrays, metadata = read_file(path)
-    if metadata.get("format") == FORMAT:
+    if metadata.get("format") == stored_model.FILE_FORMAT:
         return Source(_ours(arrays))
     family = recognize(arrays, where=str(path))
     told = json.loads(metadata.get(OPTIONS, "{}"))

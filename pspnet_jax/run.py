@@ -47,8 +47,9 @@ from pspnet_jax.models.families import ModelOptions
 from pspnet_jax.models.layers import NoRandomNumbers, RandomNumbers
 from pspnet_jax.pretrained import start_from
 from pspnet_jax.report import summary, write_report
-from pspnet_jax.segmenter import Description, Provenance, Segmenter, model_part
+from pspnet_jax.segmenter import Provenance, Segmenter
 from pspnet_jax.skipped_steps import SkippedSteps
+from pspnet_jax.stored_model import Description, model_part
 from pspnet_jax.train_step import TrainState, TrainStep
 from pspnet_jax.version import __version__
 from pspnet_jax.watchdog import Watchdog

@@ -10,9 +10,8 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float32
 
-from pspnet_jax import parallel, passes, protocols, stream, windows
+from pspnet_jax import parallel, passes, protocols, stored_model, stream, windows
 from pspnet_jax.arrays import (
     AnyArray,
     AnyImage,
@@ -34,56 +33,10 @@ from pspnet_jax.arrays import (
     RawImages,
 )
 from pspnet_jax.canvas import Wanted
-from pspnet_jax.catalog import LabelSet
-from pspnet_jax.checkpoint import CheckpointFolder, Tree, check_same_shapes
-from pspnet_jax.models.families import ModelOptions, Normalization
-from pspnet_jax.passes import Network
+from pspnet_jax.checkpoint import Tree
 from pspnet_jax.protocols import Protocol
-from pspnet_jax.resample import Platform
+from pspnet_jax.stored_model import Description, StoredModel
 from pspnet_jax.stream import NetworkRule
-
-FORMAT = 1
-"""Of the description in checkpoints; counts up when an old one cannot be read any more."""
-
-
-@dataclass(frozen=True)
-class Description:
-    """What a checkpoint says of itself beside its arrays."""
-
-    model: ModelOptions
-    label_set: LabelSet
-    normalization: Normalization
-    protocol: Protocol
-
-    def network(self, *, platform: Platform = None) -> Network:
-        """What it computes, on a platform (None: anywhere)."""
-        num_classes = self.label_set.num_classes
-        return Network(self.model, num_classes, self.normalization, platform)
-
-    def to_json(self) -> str:
-        return json.dumps(
-            {
-                "format": FORMAT,
-                "model": asdict(self.model),
-                "label_set": self.label_set.to_json(),
-                "normalization": asdict(self.normalization),
-                "protocol": self.protocol.to_json(),
-            }
-        )
-
-    @classmethod
-    def from_json(cls, text: str) -> "Description":
-        data = json.loads(text)
-        if data.get("format") != FORMAT:
-            raise ValueError(
-                f"the checkpoint has format {data.get('format')}, this version reads {FORMAT}"
-            )
-        return cls(
-            model=ModelOptions.resolve(data["model"]),
-            label_set=LabelSet.from_json(data["label_set"]),
-            normalization=Normalization(**{k: tuple(v) for k, v in data["normalization"].items()}),
-            protocol=Protocol.from_json(data["protocol"]),
-        )
 
 
 @dataclass(frozen=True)
@@ -312,48 +265,26 @@ class Segmenter:
         return jax.device_put(images, sharding)
 
 
-@dataclass(frozen=True)
-class StoredModel:
-    """The `model` part of a checkpoint, read and checked."""
-
-    description: Description
-    part: Tree
-    """With 'params' and 'batch_stats', host arrays."""
-    step: int
-    digest: str
-
-
 def load(path: str | Path, *, step: str | int = "best") -> Segmenter:
-    """The network of a run folder or converted model.
+    """The network of a run folder, a converted model, a file that `export` wrote, or a shipped one.
 
     Args:
-        path: the run's folder, the one that holds `checkpoints`.
+        path: the run's folder, the one that holds `checkpoints`; a file of `export --format=pspnet_jax`; or
+            'scenes', the network that comes with the package.
         step: 'best' (highest validation mean IoU), 'latest', or a step number.
 
     Raises:
         FileNotFoundError: where there is no such checkpoint, naming the steps there are.
+        ValueError: for a file of weights that does not describe its network.
         checkpoint.CorruptCheckpointError: where it does not hold what was written.
     """
-    stored = read_checkpoint(path, step=step)
+    stored = stored_model.read(path, step=step)
     return Segmenter(
         stored.description,
         stored.part["params"],
         stored.part["batch_stats"],
         provenance=Provenance(path=str(path), step=stored.step, digest=stored.digest),
     )
-
-
-def read_checkpoint(path: str | Path, *, step: str | int) -> StoredModel:
-    """As `load`, without placing anything on devices."""
-    folder = CheckpointFolder(Path(path) / "checkpoints")
-    number = choose_step(folder, step)
-    part = folder.load(number, "model")
-    description = Description.from_json(part["description"])
-    where = str(folder.folder(number))
-    _, params, batch_stats = passes.structure(description.network())
-    wanted = {"params": params, "batch_stats": batch_stats}
-    check_same_shapes({name: part[name] for name in wanted}, wanted, where=where)
-    return StoredModel(description, part, number, folder.record(number).digests["model"])
 
 
 def logits_function(stored: StoredModel) -> Callable[[RawImages], Logits]:
@@ -364,34 +295,6 @@ def logits_function(stored: StoredModel) -> Callable[[RawImages], Logits]:
         return passes.logits(params, batch_stats, images, network=stored.description.network())
 
     return logits_of
-
-
-def choose_step(folder: CheckpointFolder, step: str | int) -> int:
-    """The number of 'best', 'latest' or of a given step that exists."""
-    steps = folder.steps()
-    if not steps:
-        raise FileNotFoundError(
-            f"{folder.path} holds no checkpoint; a run is loaded by its folder (runs/<name>), published "
-            "weights are converted first (pspnet convert)"
-        )
-    if step == "best":
-        return folder.best_step()
-    if step == "latest":
-        return folder.latest_step()
-    if str(step).isdecimal() and int(step) in steps:
-        return int(step)
-    existing = ", ".join(map(str, steps))
-    raise FileNotFoundError(
-        f"step={step} is not in {folder.path}: there are {existing}, 'best' and 'latest'"
-    )
-
-
-def check_passes(batch_size: int, canvas_gib: float) -> None:
-    """Raise ValueError for numbers that no pass can have."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
-    if not 0 < canvas_gib <= 2**20:
-        raise ValueError(f"canvas_gib={canvas_gib} must be above 0, GiB")
 
 
 def _checked(image: np.ndarray) -> AnyImage:
@@ -405,6 +308,9 @@ def _checked(image: np.ndarray) -> AnyImage:
     return image
 
 
-def model_part(description: Description, params: Tree, batch_stats: Tree) -> Tree:
-    """What a checkpoint's `model` part holds."""
-    return {"params": params, "batch_stats": batch_stats, "description": description.to_json()}
+def check_passes(batch_size: int, canvas_gib: float) -> None:
+    """Raise ValueError for numbers that no pass can have."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    if not 0 < canvas_gib <= 2**20:
+        raise ValueError(f"canvas_gib={canvas_gib} must be above 0, GiB")

@@ -202,7 +202,7 @@ def _define_export(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_string(
         "format",
         None,
-        "safetensors: weights under their published names; caffemodel: those of the family caffe; "
+        "pspnet_jax: the network in one file, for predict and evaluate; safetensors: weights under their published names; caffemodel: those of the family caffe; "
         "stablehlo: a function for jax.export.",
         flag_values=values,
     )
@@ -280,7 +280,7 @@ VERBS = {
     ),
     "export": Verb(
         "a model as a file for other programs: weights with published names, or a function",
-        "pspnet export --checkpoint=DIR --format=safetensors|caffemodel|stablehlo --output=FILE",
+        "pspnet export --checkpoint=DIR --format=pspnet_jax|safetensors|caffemodel|stablehlo --output=FILE",
         _define_export,
         _run_export,
     ),
@@ -331,7 +331,12 @@ def _define_distributed(values: flags.FlagValues) -> None:
 
 
 def _define_checkpoint(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("checkpoint", None, "Folder of a run.", flag_values=values)
+    flags.DEFINE_string(
+        "checkpoint",
+        None,
+        "Folder of a run, a file of export --format=pspnet_jax, or scenes (shipped).",
+        flag_values=values,
+    )
     flags.DEFINE_string(
         "step", "best", "best (default), latest, or a step number.", flag_values=values
     )

@@ -34,7 +34,7 @@ LAYERS = [
     ],
     ["data/", "models/", "losses", "optimizer", "metrics", "parallel", "visualize"],
     ["train_step", "protocols", "windows", "canvas", "stream"],
-    ["passes", "segmenter"],
+    ["passes", "stored_model", "segmenter"],
     [
         "report_text",
         "report_html",

@@ -333,7 +333,7 @@ def test_nothing_is_overwritten(converted, tmp_path):
     with pytest.raises(FileExistsError, match="choose another --output"):
         export.run(str(converted), format="safetensors", output=str(target))
     with pytest.raises(
-        ValueError, match="format='onnx' is not one of safetensors, caffemodel, stablehlo"
+        ValueError, match="format='onnx' is not one of pspnet_jax, safetensors, caffemodel"
     ):
         export.run(str(converted), format="onnx", output=str(tmp_path / "x"))
 

@@ -24,7 +24,7 @@ from pspnet_jax.models.families import FAMILIES, ModelOptions
 from pspnet_jax.models.layers import NoRandomNumbers
 from pspnet_jax.models.pspnet import PSPNet
 from pspnet_jax.pretrained import start_from
-from pspnet_jax.segmenter import Description, StoredModel
+from pspnet_jax.stored_model import Description, StoredModel
 from pspnet_jax.train_step import split_model
 from pspnet_jax.weights import caffe, safetensors, tables
 from pspnet_jax.weights.names import COUNTER, MisfitError, publish

@@ -29,7 +29,8 @@ from pspnet_jax.parallel import make_mesh
 from pspnet_jax.protocols import PROTOCOLS, choose, override
 from pspnet_jax.report_html import page
 from pspnet_jax.report_text import protocol_words
-from pspnet_jax.segmenter import Description, Prediction, Provenance, Segmenter, model_part
+from pspnet_jax.segmenter import Prediction, Provenance, Segmenter
+from pspnet_jax.stored_model import Description, model_part
 from pspnet_jax.train_step import split_model
 
 import tiny_config

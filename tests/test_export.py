@@ -21,7 +21,8 @@ from pspnet_jax.main import main
 from pspnet_jax.models.families import IMAGENET_8BIT
 from pspnet_jax.parallel import make_mesh
 from pspnet_jax.protocols import choose
-from pspnet_jax.segmenter import Description, Provenance, Segmenter, StoredModel, model_part
+from pspnet_jax.segmenter import Provenance, Segmenter
+from pspnet_jax.stored_model import Description, StoredModel, model_part
 from pspnet_jax.train_step import split_model
 
 from networks import network, options

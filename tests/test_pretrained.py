@@ -14,7 +14,7 @@ from pspnet_jax.compose import compose
 from pspnet_jax.models.families import IMAGENET_8BIT
 from pspnet_jax.pretrained import start_from
 from pspnet_jax.protocols import choose
-from pspnet_jax.segmenter import Description, model_part
+from pspnet_jax.stored_model import Description, model_part
 from pspnet_jax.train import train
 from pspnet_jax.train_step import split_model
 from pspnet_jax.weights import safetensors

@@ -19,12 +19,8 @@ from pspnet_jax.catalog import load_label_set
 from pspnet_jax.checkpoint import CheckpointFolder
 from pspnet_jax.models.families import IMAGENET_8BIT
 from pspnet_jax.protocols import choose
-from pspnet_jax.segmenter import (
-    Description,
-    Provenance,
-    Segmenter,
-    model_part,
-)
+from pspnet_jax.segmenter import Provenance, Segmenter
+from pspnet_jax.stored_model import Description, model_part
 from pspnet_jax.train_step import split_model
 
 from networks import network, options
@@ -298,7 +294,8 @@ from pspnet_jax.config import default_config
 from pspnet_jax.models.families import IMAGENET_8BIT, ModelOptions
 from pspnet_jax.models.pspnet import PSPNet
 from pspnet_jax.protocols import choose
-from pspnet_jax.segmenter import Description, Provenance, Segmenter
+from pspnet_jax.segmenter import Provenance, Segmenter
+from pspnet_jax.stored_model import Description
 from pspnet_jax.train_step import split_model
 
 ade20k = load_label_set("ade20k")

@@ -231,3 +231,12 @@ def test_every_test_module_states_its_seconds():
             len(re.findall(r"^BUDGET_SECONDS = \d+(?: +#.*)?$", path.read_text(), re.MULTILINE))
             == 1
         ), path
+
+
+def test_picture_of_the_layers_is_that_of_the_code(monkeypatch):
+    monkeypatch.syspath_prepend(PACKAGE.parent / "experiments")
+    import layers_picture
+
+    drawn = [name for modules in layers_picture.layers().values() for name in modules]
+    assert sorted(drawn) == sorted(name for layer in LAYERS for name in layer)
+    assert layers_picture.TARGET.read_text() == layers_picture.draw(), "draw it again"

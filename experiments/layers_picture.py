@@ -24,7 +24,7 @@ NAMES = {
     8: "names to import",
 }
 PER_ROW, BOX, GAP, LINE = 9, (112, 22), (10, 8), 34  # boxes in a row; sizes in pixels
-LEFT, WIDTH = 150, 150 + 9 * 122
+LEFT, WIDTH = 175, 175 + 9 * 122
 
 
 def layers() -> dict[int, list[str]]:

@@ -1,5 +1,8 @@
 """Networks in one file, and the one that is shipped."""
 
+import json
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
@@ -100,3 +103,13 @@ def test_command_line(tmp_path, monkeypatch):
     main(["predict", "--checkpoint=b.safetensors", "--output=b", "photo.png"])
     a, b = (next((tmp_path / name).rglob("*photo*.png")).read_bytes() for name in "ab")
     assert a == b
+
+
+def test_evaluate_by_name(tmp_path, monkeypatch):
+    config = Path(__file__).parent.parent / "configs" / "scenes.py"
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", "--checkpoint=scenes", f"--config={config}"]) == 0
+    report = json.loads(
+        (tmp_path / "runs/scenes/evaluation/00000500-val-whole/report.json").read_text()
+    )
+    assert report["mean_iou"] == pytest.approx(0.929, abs=0.001)  # what the README says

@@ -7,7 +7,9 @@
 * Every run is one command of the command line, in a folder of its own named by what it changes, and its log beside it:
   what is there is not run again, what was stopped goes on, and any of them can be run by hand.
 * Rows that several tables share are run once. Each table shows means over the seeds with the lowest and the
-  highest, beside the paper's ADE20K figures (Zhao et al. 2017, tables 1 to 4).
+  highest, in percent, beside the paper's ADE20K figures (Zhao et al. 2017, tables 1 to 4).
+* Ctrl-C and SIGTERM end the runs at hand, too; the same command goes on. One --output holds one config with one set of
+  --set, --num_steps and --scales.
 * Without --num_steps each run is as long as its config says. --tables=1,2 runs some only; --jobs=2 runs two at a
   time. results.json and results.md are written again after every run.
 """
@@ -16,15 +18,19 @@ import argparse
 import concurrent.futures
 import json
 import re
+import signal
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import config_file
 from checkout import commit_of_checkout
+
+from pspnet_jax.models.resnet import DEPTHS
 
 NO_PYRAMID = {"model.pyramid_bins": "()"}
 WITH_AUGMENTATION, WITHOUT = {"augment.recipe": "semseg"}, {"augment.recipe": "none"}
@@ -78,8 +84,8 @@ def tables(depths: Sequence[str]) -> dict[str, tuple[str, list[Row]]]:
         Row("+ pyramid", WITH_AUGMENTATION, "41.68 / 80.04"),
     ]
     deepest = WITH_AUGMENTATION | {"model.backbone": depths[-1]}
-    added.append(Row(f"+ {depths[-1]}", deepest, "43.81 / 80.88"))
-    added.append(Row("+ multi-scale", deepest, "44.94 / 81.69", is_multi_scale=True))
+    added.append(Row(f"+ {depths[-1]}", deepest, "43.81 / 80.88 (ResNet-269)"))
+    added.append(Row("+ multi-scale", deepest, "44.94 / 81.69 (ResNet-269)", is_multi_scale=True))
     return {
         "1": ("pooling: bins, kind, reduction of channels", pooling),
         "2": ("weight of the auxiliary loss, without a pyramid", auxiliary),
@@ -95,47 +101,63 @@ class Sweep:
     output: Path
     config: str
     shared: Mapping[str, str]
-    """Option -> value, below the changes of a row."""
+    """Option -> value, below the changes of a row; with the number of steps."""
     scales: str
     """Of the multi-scale evaluation."""
+    processes: set[subprocess.Popen] = field(default_factory=set, compare=False)
+    """Those at work."""
+
+    def begin(self) -> None:
+        """Write down what the runs of this folder share; ValueError where it holds those of other settings."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        settings = {"config": self.config, "shared": dict(self.shared), "scales": self.scales}
+        path = self.output / "settings.json"
+        if path.exists() and json.loads(path.read_text()) != settings:
+            raise ValueError(
+                f"{path} says that the runs there are of other settings; take another --output"
+            )
+        path.write_text(json.dumps(settings, indent=1) + "\n")
+
+    def folder(self, row: Row, seed: int) -> Path:
+        """Of a row's run, named by what differs from what all runs share."""
+        flat = config_file.load(self.config)
+        changes = {}
+        for name, value in row.changes.items():
+            section, option = name.split(".")
+            if self.shared.get(name, str(flat[section][option])) != value:
+                changes[name] = value
+        return self.output / _name(changes) / f"seed{seed}"
 
     def scores(self, row: Row, seed: int) -> dict:
         """Mean IoU, pixel accuracy, groups of a row; its network is trained and evaluated if it is not yet."""
-        changes = self._relevant(row.changes)
-        folder = self.output / _name(changes) / f"seed{seed}"
-        if not list(folder.glob("evaluation/*-whole/report.json")):
-            options = {**self.shared, **changes, "seed": str(seed)}
+        folder = self.folder(row, seed)
+        last = f"evaluation/{int(self.shared['train.num_steps']):08d}-*/report.json"
+        if not list(folder.glob(last)):
+            options = {**self.shared, **row.changes, "seed": str(seed)}
             flags = [f"--config.{name}={value}" for name, value in options.items()]
             self._run(folder, [f"--config={self.config}", f"--workdir={folder}", *flags])
-        reports = folder / "evaluation"
+        (report,) = folder.glob(last)
         if row.is_multi_scale:
-            reports = folder / "multi_scale"
-            if not list(reports.glob("**/report.json")):
+            report = folder / "multi_scale" / "report.json"
+            if not report.exists():
                 flags = ["--protocol=semseg", f"--scales={self.scales}", "--flip", "--step=latest"]
-                self._run(
-                    folder, ["evaluate", f"--checkpoint={folder}", f"--output={reports}", *flags]
-                )
-        report = json.loads(max(reports.glob("**/report.json")).read_text())
-        return {key: report[key] for key in ("mean_iou", "pixel_accuracy", "groups")}
-
-    def _relevant(self, changes: Mapping[str, str]) -> dict[str, str]:
-        """Without what the config says already, so that equal runs have equal names."""
-        flat = config_file.load(self.config)
-        found = {}
-        for name, value in changes.items():
-            section, option = name.split(".")
-            if str(flat[section][option]) != value:
-                found[name] = value
-        return found
+                place = [f"--checkpoint={folder}", f"--output={report.parent}"]
+                self._run(folder, ["evaluate", *place, *flags])
+        contents = json.loads(report.read_text())
+        return {key: contents[key] for key in ("mean_iou", "pixel_accuracy", "groups")}
 
     def _run(self, folder: Path, arguments: list[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "pspnet_jax.main", *arguments]
+        print(f"{folder}: started, see output.txt there", flush=True)
         with (folder / "output.txt").open("a") as log:
-            ended = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
-        if ended.returncode != 0:
-            last = (folder / "output.txt").read_text().strip().splitlines()[-1]
-            raise RuntimeError(f"{folder}: exit status {ended.returncode}: {last}")
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        self.processes.add(process)
+        code = process.wait()
+        self.processes.discard(process)
+        if code != 0:
+            last = (folder / "output.txt").read_text().strip().splitlines()[-1:]
+            raise RuntimeError(f"{folder}: exit status {code}: {' '.join(last)}")
 
 
 def _name(changes: Mapping[str, str]) -> str:
@@ -178,13 +200,13 @@ def markdown(chosen: Mapping[str, tuple[str, list[Row]]], found: Mapping[str, di
 
 def _mean(values: Sequence[float | None]) -> str:
     known = [v for v in values if v is not None]
-    return f"{statistics.mean(known):.3f}" if known else ""
+    return f"{100 * statistics.mean(known):.1f}" if known else ""
 
 
 def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    return f"{statistics.mean(values):.3f} ({min(values):.3f} .. {max(values):.3f})"
+    if len(values) < 2:
+        return _mean(values)
+    return f"{_mean(values)} ({100 * min(values):.1f} .. {100 * max(values):.1f})"
 
 
 def main() -> None:
@@ -200,11 +222,12 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], help="OPTION=VALUE for all runs")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     arguments = parser.parse_args()
+    _check(parser, arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     shared = dict(text.split("=", 1) for text in arguments.set)
-    if arguments.num_steps:
-        shared["train.num_steps"] = str(arguments.num_steps)
-    steps = shared.get("train.num_steps") or str(config_file.load(arguments.config).train.num_steps)
-    shared.setdefault("train.evaluate_every_steps", steps)
+    steps = arguments.num_steps or config_file.load(arguments.config).train.num_steps
+    shared.setdefault("train.num_steps", str(steps))
+    shared.setdefault("train.evaluate_every_steps", shared["train.num_steps"])
     sweep = Sweep(arguments.output, arguments.config, shared, arguments.scales)
     every = tables(arguments.depths.split(","))
     chosen = {number: every[number] for number in arguments.tables.split(",")}
@@ -212,30 +235,61 @@ def main() -> None:
     sys.exit(run_all(sweep, chosen, seeds, jobs=arguments.jobs))
 
 
+def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """What would fail in every run is said before the first."""
+    flat = config_file.load(arguments.config)
+    options = {
+        f"{section}.{name}"
+        for section, part in flat.items()
+        if hasattr(part, "items")
+        for name in part
+    }
+    asked = {
+        "tables": ({"1", "2", "3", "4"}, arguments.tables.split(",")),
+        "depths": (set(DEPTHS), arguments.depths.split(",")),
+        "set": (options, [text.partition("=")[0] for text in arguments.set]),
+    }
+    for name, (known, given) in asked.items():
+        unknown = [value for value in given if value not in known]
+        if unknown:
+            shown = (
+                ", ".join(sorted(known)) if len(known) < 20 else f"options of {arguments.config}"
+            )
+            parser.error(f"--{name}: {', '.join(unknown)} is not among {shown}")
+    if not all("=" in text for text in arguments.set):
+        parser.error("--set takes OPTION=VALUE")
+    if not all(seed.isdecimal() for seed in arguments.seeds.split(",")):
+        parser.error("--seeds takes whole numbers, as 0,1,2")
+
+
 def run_all(
     sweep: Sweep, chosen: Mapping[str, tuple[str, list[Row]]], seeds: Sequence[int], *, jobs: int
 ) -> int:
-    """All runs; the number of those that failed, which the next call tries again."""
-    sweep.output.mkdir(parents=True, exist_ok=True)
+    """All runs; 1 where some failed, which the next call tries again, else 0."""
+    sweep.begin()
     found: dict[str, dict] = {}
     faults: list[str] = []
-    # By what is trained: rows that share a network are not trained at the same time.
-    shared: dict[tuple, list[tuple]] = {}
+    lock = threading.Lock()
+    # By folder: rows that share a network are not trained at the same time.
+    sharing: dict[Path, list[tuple]] = {}
     for number, row, seed in _runs(chosen, seeds):
-        key = (seed, _name(sweep._relevant(row.changes)))
-        shared.setdefault(key, []).append((number, row, seed))
+        sharing.setdefault(sweep.folder(row, seed), []).append((number, row, seed))
 
     def run_group(group: list[tuple]) -> None:
         for number, row, seed in group:
             try:
                 scores = sweep.scores(row, seed)
-            except RuntimeError as error:
-                faults.append(str(error))
-                print(error, file=sys.stderr, flush=True)
+            except (RuntimeError, ValueError, OSError) as error:
+                with lock:
+                    faults.append(f"table {number}, {row.label}, seed {seed}: {error}")
+                    print(faults[-1], file=sys.stderr, flush=True)
+                    write()
                 continue
-            found.setdefault(number, {}).setdefault(row.label, {})[seed] = scores
-            print(f"table {number}, {row.label}, seed {seed}: {scores['mean_iou']:.4f}", flush=True)
-            write()
+            with lock:
+                found.setdefault(number, {}).setdefault(row.label, {})[seed] = scores
+                said = f"table {number}, {row.label}, seed {seed}: {scores['mean_iou']:.4f}"
+                print(said, flush=True)
+                write()
 
     def write() -> None:
         report = {
@@ -246,12 +300,23 @@ def run_all(
             "faults": faults,
         }
         (sweep.output / "results.json").write_text(json.dumps(report, indent=1) + "\n")
-        (sweep.output / "results.md").write_text(markdown(chosen, found))
+        shared = ", ".join(f"{name}={value}" for name, value in sweep.shared.items())
+        head = f"`{sweep.config}` with {shared}; commit {report['commit']}. In percent.\n\n"
+        tail = "".join(f"* failed: {fault}\n" for fault in faults)
+        (sweep.output / "results.md").write_text(head + markdown(chosen, found) + tail)
 
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        for pending in [pool.submit(run_group, group) for group in shared.values()]:
+    pool = concurrent.futures.ThreadPoolExecutor(jobs)
+    try:
+        for pending in [pool.submit(run_group, group) for group in sharing.values()]:
             pending.result()
-    print(markdown(chosen, found))
+    except KeyboardInterrupt:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(sweep.processes):
+            process.terminate()  # it saves its step
+        pool.shutdown(wait=True)
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    print((sweep.output / "results.md").read_text())
     return min(len(faults), 1)
 
 

@@ -169,7 +169,7 @@ class Run:
                         facts = worker.measure()
                     except WorkerError as error:
                         row.update(error=str(error))
-                        del self.workers[name, column]
+                        self.workers.pop((name, column)).close()
                         continue
                     row["seconds"].append(facts.pop("seconds"))
                     row.update(facts, peak_bytes=facts["device_bytes"])

@@ -174,9 +174,15 @@ def open_split(data: ConfigDict, *, split: str, label_set: LabelSet) -> Source:
 
 
 def _home(checkpoint: str) -> Path:
-    """Where reports of a network lie that is no run: a file, or a shipped one."""
+    """The folder in which reports of a network lie: its run, one beside its file, or one of a shipped network."""
     path = Path(checkpoint)
-    return path if path.is_dir() else Path("runs") / path.stem
+    if path.is_dir():
+        return path
+    return (
+        path.with_name(f"{path.stem}_reports")
+        if path.is_file()
+        else Path("runs") / f"shipped_{path.name}"
+    )
 
 
 def output_folder(

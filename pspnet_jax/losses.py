@@ -10,6 +10,7 @@
 """
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -120,8 +121,8 @@ def stretched_cross_entropy(
 ) -> Scalar:
     """`cross_entropy` of logits of any size, stretched to label size.
 
-    Logits are stretched down; where all of them, stretched across too, are more than `options.tile_mib`,
-    that is done in tiles of rows, of which the forward pass keeps three numbers a pixel at most; the
+    Logits are stretched down, which makes a map an eighth as large as the result; where all of them, stretched across
+    too, are more than `options.tile_mib`, that is done in tiles of rows, of which the forward pass keeps three numbers a pixel at most; the
     backward pass makes each tile once more.
 
     Args:
@@ -132,10 +133,8 @@ def stretched_cross_entropy(
     batch, height, width = labels.shape
     num_classes = logits.shape[3]
     stretched_mib = batch * height * width * num_classes * logits.dtype.itemsize / 2**20
-    if options.tile_mib is None or stretched_mib <= options.tile_mib:
-        num_rows = height
-    else:
-        num_rows = max(int(options.tile_mib / stretched_mib * height), 1)
+    num_tiles = 1 if options.tile_mib is None else math.ceil(stretched_mib / options.tile_mib)
+    num_rows = -(-height // min(max(num_tiles, 1), height))  # all tiles alike: little is filled up
     rows = resize_matrix(logits.shape[1], height, align_corners=align_corners)
     columns = resize_matrix(logits.shape[2], width, align_corners=align_corners)
     stretched_down = apply_matrix(logits, rows, axis=1, platform=platform)

@@ -53,7 +53,9 @@ def unpack(packed: Packed) -> dict:
             node = node[key]
         is_text = kind == _TEXT
         node[path[-1]] = (
-            part.tobytes().decode() if is_text else part.view(kind).reshape([*map(int, sides)])
+            part.tobytes().decode()
+            if is_text
+            else part.view(_stored(kind)).reshape([*map(int, sides)])
         )
     return tree
 
@@ -69,6 +71,10 @@ def _described(tree: dict) -> dict:
         key: _described(value) if isinstance(value, dict) else _description(value)
         for key, value in tree.items()
     }
+
+
+def _stored(kind: str) -> np.dtype:
+    return np.dtype(kind).newbyteorder("<")
 
 
 def _description(leaf: Any) -> str:

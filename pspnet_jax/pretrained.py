@@ -109,7 +109,7 @@ def read_weights(path: Path | str, *, bins: Sequence[int]) -> Source:
     files = sorted(path.glob("*.safetensors"))
     if len(files) == 1 and not (path / "checkpoints").exists():
         path = files[0]  # the folder of a converted backbone
-    if path.is_dir():
+    if path.is_dir() or stored_model.describes_itself(path):
         stored = stored_model.read(path, step="best")
         log.info("%s: step %d", path, stored.step)
         description, model = stored.description, stored.description.model

@@ -1,7 +1,7 @@
 """Adaptive pooling and bilinear resizing, as exact linear maps.
 
-* Both are constant matrices along each axis: exact for every size, no gather in the forward pass and
-  no scatter in the gradient.
+* Both are constant matrices along each axis: exact for every size, and no scatter in the gradient. On GPUs a
+  resizing gathers the few samples of each row of the matrix, and its gradient those of each column.
 * Pooling bins are PyTorch's: bin i of n covers floor(i L / n) .. ceil((i + 1) L / n), so bins overlap
   where n does not divide L. Where it does, the mean of a reshape is the same thing for less work.
 * `align_corners=True` maps the first and last sample onto each other (the authors' rule);
@@ -267,7 +267,7 @@ def apply_matrix(
 def _is_narrow(matrix: np.ndarray) -> bool:
     """Whether sums of a few samples are less work for a GPU than a product, which float32 leaves to slow
     units: of a bilinear resizing and of its gradient, down to a 16th."""
-    return np.count_nonzero(matrix, axis=1).max() <= 2 and len(_bands(matrix.T).weights[0]) <= 33
+    return max(_bands(matrix).places.shape[1] - 2, _bands(matrix.T).places.shape[1] - 33) <= 0
 
 
 class _Bands(NamedTuple):
@@ -280,9 +280,12 @@ class _Bands(NamedTuple):
 
 def _bands(matrix: Float[np.ndarray, "rows columns"]) -> _Bands:
     filled = matrix != 0
-    first = filled.argmax(axis=1)
-    last = matrix.shape[1] - 1 - filled[:, ::-1].argmax(axis=1)
-    length = int(np.where(filled.any(axis=1), last - first + 1, 1).max())
+    is_empty = ~filled.any(axis=1)
+    first, last = filled.argmax(axis=1), matrix.shape[1] - 1 - filled[:, ::-1].argmax(axis=1)
+    length = int(np.where(is_empty, 1, last - first + 1).max())
+    first = np.maximum.accumulate(
+        np.where(is_empty, 0, first)
+    )  # places ascend, over empty rows too
     start = np.minimum(first, matrix.shape[1] - length)
     places = (start[:, None] + np.arange(length)).astype(np.int32)
     return _Bands(places, np.take_along_axis(matrix, places, axis=1))

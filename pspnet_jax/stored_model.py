@@ -93,6 +93,14 @@ def find(path: str | Path) -> Path:
     return Path(path)
 
 
+def describes_itself(path: Path) -> bool:
+    """Whether a file is one that `write_file` wrote."""
+    if not path.is_file() or not safetensors.is_safetensors(path):
+        return False
+    metadata = safetensors.read_metadata(path)
+    return metadata.get("format") == FILE_FORMAT and {"description", "step"} <= metadata.keys()
+
+
 def read(path: str | Path, *, step: str | int) -> StoredModel:
     """The network of a run folder, a converted model, a file or a shipped name, checked against its description.
 
@@ -128,13 +136,12 @@ def write_file(stored: StoredModel, path: Path) -> None:
 
 
 def _read_file(path: Path, step: str | int) -> StoredModel:
-    is_ours = safetensors.is_safetensors(path)
-    arrays, metadata = safetensors.read(path) if is_ours else ({}, {})
-    if metadata.get("format") != FILE_FORMAT or "description" not in metadata:
+    if not describes_itself(path):
         raise ValueError(
             f"{path} does not describe its network: published weights are converted first (pspnet convert), a run is "
             "written into one file by pspnet export --format=pspnet_jax"
         )
+    arrays, metadata = safetensors.read(path)
     number = int(metadata["step"])
     if str(step) not in ("best", "latest", str(number)):
         raise FileNotFoundError(f"step={step} is not in {path}, which holds step {number} alone")
@@ -144,7 +151,7 @@ def _read_file(path: Path, step: str | int) -> StoredModel:
     for name, tree in zip(_PARTS, trees, strict=True):
         wanted = flatten(tree)
         part[name] = unflatten({key: arrays.pop(key) for key in wanted if key in arrays})
-    part["params"] |= unflatten(arrays)  # what is left over is told below
+    part["params"] = unflatten(flatten(part["params"]) | arrays)  # what is left over is told below
     _check(part, description, where=str(path))
     if digest(part) != metadata.get("digest"):
         raise CorruptCheckpointError(f"{path}: values differ from its digest")

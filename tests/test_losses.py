@@ -18,6 +18,7 @@ from pspnet_jax.losses import (
     segmentation_loss,
     stretched_cross_entropy,
     thin_out,
+    tile_mib_of,
 )
 from pspnet_jax.resample import resize
 
@@ -293,6 +294,8 @@ TILED = {
     "smoothed": ({"label_smoothing": 0.1, "class_weights": (1.0, 2.0, 0.5)}, False, None, 5),
     "hardest": ({"ohem_threshold": 0.3, "ohem_share_min": 0.2}, True, None, 0.5),
     "all": ({"normalizer": "all", "class_weights": (1.0, 2.0, 0.5)}, False, "cpu", 5),
+    "gpu": ({"label_smoothing": 0.1, "class_weights": (1.0, 2.0, 0.5)}, True, "gpu", 5),
+    "gpu, at once": ({"ohem_threshold": 0.3, "ohem_share_min": 0.2}, False, "gpu", 17),
 }
 
 
@@ -330,6 +333,21 @@ def test_tiles_give_what_all_logits_at_once_give(options, align_corners, platfor
         expected = differentiate(logits, None, None)
     for value, golden in zip(found, expected, strict=True):
         np.testing.assert_allclose(value, golden, rtol=0, atol=1e-12 * np.abs(golden).max())
+
+
+def test_tiles_are_alike():
+    """Where all rows are just more than a tile may hold: two tiles of nearly half, not one of all and one of one."""
+    logits, labels = jnp.zeros((2, 4, 4, 3)), jnp.zeros((2, 25, 25), jnp.uint8)
+    options = LossOptions(tile_mib=24.9 * 2 * 25 * 3 * 4 / 2**20)
+    loss = functools.partial(stretched_cross_entropy, align_corners=True)
+    program = str(jax.make_jaxpr(lambda x: loss(x, labels, options))(logits))
+    assert "[2,13,25,3]" in program
+    assert "[2,24,25,3]" not in program
+
+
+@pytest.mark.parametrize(("platform", "mib"), [("cpu", 64), ("tpu", 64), (None, 64), ("gpu", 4096)])
+def test_tiles_of_a_platform(platform, mib):
+    assert tile_mib_of(platform) == mib
 
 
 def test_tiles_are_all_that_is_stretched():

@@ -38,7 +38,7 @@ def test_layout_and_bytes_by_hand():
     assert size(packed.layout) == 68
 
 
-def test_byte_order_of_the_machine_does_not_matter():
+def test_other_byte_orders_are_turned():
     big = np.array([1, 2], ">f4")
     assert pack({"x": big}).stream.tobytes() == np.array([1, 2], "<f4").tobytes()
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_convert import FILE, backbone_arrays, published, write
 
-from pspnet_jax import convert
+from pspnet_jax import convert, stored_model
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.checkpoint import CheckpointFolder, flatten
 from pspnet_jax.compose import compose
@@ -71,7 +71,8 @@ def test_another_number_of_classes_leaves_the_classifiers(shown):
     assert "classifiers start anew: 11 classes there, 21 of 'voc2012' here" in shown.text
 
 
-def test_other_classes_of_the_same_number_leave_them_too(tmp_path, shown):
+@pytest.mark.parametrize("in_one_file", [False, True])
+def test_other_classes_of_the_same_number_leave_them_too(in_one_file, tmp_path, shown):
     other = load_label_set("camvid")
     object.__setattr__(other, "names", tuple(reversed(other.names)))
     object.__setattr__(other, "name", "mine")
@@ -79,7 +80,11 @@ def test_other_classes_of_the_same_number_leave_them_too(tmp_path, shown):
     _, params, batch_stats = split_model(network(11, **TINY))
     with CheckpointFolder(tmp_path / "checkpoints") as folder:
         folder.save(3, {"model": model_part(description, params, batch_stats)}, mean_iou=None)
-    before, after = start(tmp_path)
+    source = tmp_path
+    if in_one_file:
+        source = tmp_path / "model.safetensors"
+        stored_model.write_file(stored_model.read(tmp_path, step="best"), source)
+    before, after = start(source)
     assert "head.classifier.bias" not in changed(before, after)
     assert "11 classes of 'mine' there, 11 of 'camvid' here" in shown.text
 

@@ -33,6 +33,15 @@ def read(path: Path | str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         raise WeightsFileError(f"{path} cannot be read as safetensors: {error}") from None
 
 
+def read_metadata(path: Path | str) -> dict[str, str]:
+    """The file's metadata alone; WeightsFileError as by `read`."""
+    try:
+        with safe_open(path, "np") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise WeightsFileError(f"{path} cannot be read as safetensors: {error}") from None
+
+
 def write(path: Path | str, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """Write arrays by name; the file appears when it is complete."""
     path = Path(path)

@@ -175,6 +175,9 @@ def command() -> NoReturn:
     other processes in a collective for this one."""
     try:
         code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head`: nobody reads on
+        os._exit(1)
     except Exception:
         traceback.print_exc()
         code = 1

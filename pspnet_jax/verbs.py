@@ -233,6 +233,8 @@ class Verb:
     usage: str
     define: Callable[[flags.FlagValues, list[str]], None]
     run: Callable[[flags.FlagValues, list[str]], None]
+    examples: tuple[str, ...]
+    """Whole commands."""
     takes_words: bool = False
     after_interrupt: str = "the same command starts anew"
 
@@ -243,6 +245,11 @@ VERBS = {
         "pspnet --config=configs/scenes.py [--workdir=DIR] [--config.train.num_steps=1000]",
         _define_train,
         _run_train,
+        (
+            "pspnet --config=configs/scenes.py",
+            "pspnet --config=configs/ade20k.py --config.data.root=ADEChallengeData2016 --config.init_from=resnet50_v2.pth",
+            "pspnet --config=configs/folder_resnet50.py --config.data.root=DIR --config.data.labels=mine.csv --config.init_from=runs/psp50",
+        ),
         after_interrupt="the same command goes on from the last checkpoint, where there is one",
     ),
     "evaluate": Verb(
@@ -250,12 +257,22 @@ VERBS = {
         "pspnet evaluate --checkpoint=runs/scenes [--step=best|latest|N] [--protocol=semseg] [--scales=0.5,1]",
         _define_evaluate,
         _run_evaluate,
+        (
+            "pspnet evaluate --checkpoint=scenes --config=configs/scenes.py",
+            "pspnet evaluate --checkpoint=runs/ade20k --step=latest --protocol=semseg --scales=0.5,0.75,1,1.25,1.5,1.75",
+            "pspnet evaluate --checkpoint=runs/psp50 --config=configs/ade20k.py --config.data.root=ADEChallengeData2016",
+        ),
     ),
     "predict": Verb(
         "class maps, palette pictures and overlays of images",
-        "pspnet predict --checkpoint=runs/scenes --output=DIR [--resume] [--confidence] [--protocol=semseg] IMAGE_FOLDER_OR_PATTERN...",
+        "pspnet predict --checkpoint=runs/scenes --output=DIR [--resume] [--confidence] [--protocol=semseg] IMAGE, FOLDER or 'PATTERN'...",
         _define_predict,
         _run_predict,
+        (
+            "pspnet predict --checkpoint=scenes --output=predicted photo.jpg",
+            "pspnet predict --checkpoint=runs/psp50 --output=predicted --resume FOLDER 'more/**/*.png'",
+            "pspnet predict --checkpoint=runs/city --output=predicted --outputs= --submission=cityscapes leftImg8bit/test",
+        ),
         takes_words=True,
         after_interrupt="the same command with --resume does the images that are left",
     ),
@@ -264,18 +281,31 @@ VERBS = {
         "pspnet check --config=FILE [--config.data.root=DIR] [--output=check.json]",
         _define_check,
         _run_check,
+        (
+            "pspnet check --config=configs/camvid_resnet18.py --config.data.root=CamVid",
+            "pspnet check --config=configs/folder_resnet50.py --config.data.root=DIR --config.data.labels=mine.csv --output=check.json",
+        ),
     ),
     "prepare": Verb(
         "a folder of images and masks as a few large files, for data.source=prepared",
         "pspnet prepare --config=FILE --config.data.root=FOLDER --output=DIR",
         _define_prepare,
         _run_prepare,
+        (
+            "pspnet prepare --config=configs/ade20k.py --config.data.root=ADEChallengeData2016 --output=prepared",
+            "pspnet --config=configs/ade20k.py --config.data.source=prepared --config.data.root=prepared",
+        ),
     ),
     "convert": Verb(
         "published weights into a model to evaluate, predict with or start from",
         "pspnet convert [--family=semseg] --labels=ade20k --output=DIR WEIGHTS... (no --labels: a backbone)",
         _define_convert,
         _run_convert,
+        (
+            "pspnet convert --labels=ade20k --output=runs/psp50 train_epoch_100.pth",
+            "pspnet convert --output=runs/resnet50 resnet50_v2.pth",
+            "pspnet convert --family=mmseg --labels=ade20k --output=runs/mmseg50 pspnet_r50-d8_512x512_160k_ade20k.pth",
+        ),
         takes_words=True,
     ),
     "export": Verb(
@@ -283,6 +313,11 @@ VERBS = {
         "pspnet export --checkpoint=DIR --format=pspnet_jax|safetensors|caffemodel|stablehlo --output=FILE",
         _define_export,
         _run_export,
+        (
+            "pspnet export --checkpoint=runs/scenes --format=pspnet_jax --output=mine.safetensors",
+            "pspnet export --checkpoint=runs/ade20k --format=safetensors --output=psp50.safetensors",
+            "pspnet export --checkpoint=scenes --format=stablehlo --output=scenes.stablehlo --platforms=cpu",
+        ),
     ),
 }
 
@@ -300,7 +335,8 @@ def verb_help(name: str) -> str:
     values = flags.FlagValues()
     verb = VERBS[name]
     verb.define(values, ["pspnet"])
-    lines = [f"pspnet {name}: {verb.purpose}", "", f"usage: {verb.usage}", ""]
+    lines = [f"pspnet {name}: {verb.purpose}", "", f"usage: {verb.usage}", "", "examples:"]
+    lines += [*(f"  {example}" for example in verb.examples), "", "flags:"]
     for flag_name in sorted(values):
         if flag_name in ("help", "helpshort", "helpfull", "helpxml", "flagfile", "undefok"):
             continue

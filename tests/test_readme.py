@@ -42,7 +42,10 @@ def test_there_are_commands():
     assert len({command.split()[1] for command in commands()}) > 8
 
 
-@pytest.mark.parametrize("command", commands())
+EXAMPLES = [example for verb in main_module.VERBS.values() for example in verb.examples]
+
+
+@pytest.mark.parametrize("command", [*commands(), *EXAMPLES])
 def test_command_is_understood(command, monkeypatch):
     """Verb, flags and options exist; what it would run is left out."""
     ran = []

@@ -1,6 +1,6 @@
 """The tables of the paper as one sweep: pooling, auxiliary weight, depth, and what each part adds.
 
-    python experiments/ablations.py --output=runs/ablations                                 # on `scenes`
+    python experiments/ablations.py --output=runs/ablations --base_size=129                 # on `scenes`
     python experiments/ablations.py --output=runs/ablations_ade20k --config=configs/ade20k.py \\
         --depths=resnet50,resnet101,resnet152,resnet269 --set=data.root=ADEChallengeData2016
 
@@ -104,13 +104,16 @@ class Sweep:
     """Option -> value, below the changes of a row; with the number of steps."""
     scales: str
     """Of the multi-scale evaluation."""
+    base_size: int | None = None
+    """Long side of images at scale 1 there, pixels; None: that of the label set."""
     processes: set[subprocess.Popen] = field(default_factory=set, compare=False)
     """Those at work."""
 
     def begin(self) -> None:
         """Write down what the runs of this folder share; ValueError where it holds those of other settings."""
         self.output.mkdir(parents=True, exist_ok=True)
-        settings = {"config": self.config, "shared": dict(self.shared), "scales": self.scales}
+        settings = {"config": self.config, "shared": dict(self.shared)}
+        settings |= {"scales": self.scales, "base_size": self.base_size}
         path = self.output / "settings.json"
         if path.exists() and json.loads(path.read_text()) != settings:
             raise ValueError(
@@ -141,6 +144,7 @@ class Sweep:
             report = folder / "multi_scale" / "report.json"
             if not report.exists():
                 flags = ["--protocol=semseg", f"--scales={self.scales}", "--flip", "--step=latest"]
+                flags += [f"--base_size={self.base_size}"] if self.base_size else []
                 place = [f"--checkpoint={folder}", f"--output={report.parent}"]
                 self._run(folder, ["evaluate", *place, *flags])
         contents = json.loads(report.read_text())
@@ -219,6 +223,7 @@ def main() -> None:
     parser.add_argument("--depths", default="resnet10,resnet18,resnet34", help="shallow to deep")
     parser.add_argument("--num_steps", type=int, help="of each run; default: the config's")
     parser.add_argument("--scales", default="0.75,1.0,1.25", help="of the multi-scale evaluation")
+    parser.add_argument("--base_size", type=int, help="of that evaluation, pixels (scenes: 129)")
     parser.add_argument("--set", action="append", default=[], help="OPTION=VALUE for all runs")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     arguments = parser.parse_args()
@@ -228,7 +233,7 @@ def main() -> None:
     steps = arguments.num_steps or config_file.load(arguments.config).train.num_steps
     shared.setdefault("train.num_steps", str(steps))
     shared.setdefault("train.evaluate_every_steps", shared["train.num_steps"])
-    sweep = Sweep(arguments.output, arguments.config, shared, arguments.scales)
+    sweep = Sweep(arguments.output, arguments.config, shared, arguments.scales, arguments.base_size)
     every = tables(arguments.depths.split(","))
     chosen = {number: every[number] for number in arguments.tables.split(",")}
     seeds = [int(seed) for seed in arguments.seeds.split(",")]

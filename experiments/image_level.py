@@ -11,10 +11,10 @@ into the output folder.
 """
 
 import argparse
-import importlib.util
 import json
 from pathlib import Path
 
+import config_file
 import jax
 import numpy as np
 from ml_collections import ConfigDict
@@ -35,10 +35,7 @@ COLUMNS = ("mean_iou", "pixel_accuracy", "presence_loss", "presence_accuracy")
 
 def make_config(arguments: argparse.Namespace, network: str, seed: int) -> ConfigDict:
     """The config of one run."""
-    spec = importlib.util.spec_from_file_location("base_config", arguments.config)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = config_file.load(arguments.config)
     family, presence_weight = NETWORKS[network]
     config.name = f"{network}_{seed}"
     config.seed = seed

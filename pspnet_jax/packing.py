@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import UInt8
 
@@ -26,12 +27,10 @@ class Packed(NamedTuple):
 
 def pack(tree: dict) -> Packed:
     """Copies of all leaves; those on devices are fetched."""
-    layout = _described(tree)
+    layout = jax.tree.map(_description, tree)
     stream = np.zeros(size(layout), np.uint8)
-    leaves = dict(_leaves(tree))
-    for path, start, text in _places(layout):
-        source = _bytes_of(leaves[path])
-        stream[start : start + _num_bytes(text)] = source
+    for leaf, (_, place) in zip(jax.tree.leaves(tree), _places(layout), strict=True):
+        stream[place] = _bytes_of(leaf)
     return Packed(stream, layout)
 
 
@@ -44,65 +43,30 @@ def unpack(packed: Packed) -> dict:
     stream, layout = packed
     if len(stream) != size(layout):
         raise ValueError(f"{len(stream)} bytes where the layout asks for {size(layout)}")
-    tree = _empty_like(layout)
-    for path, start, text in _places(layout):
-        kind, *sides = text.split()
-        part = stream[start : start + _num_bytes(text)]
-        node = tree
-        for key in path[:-1]:
-            node = node[key]
-        is_text = kind == _TEXT
-        node[path[-1]] = (
-            part.tobytes().decode()
-            if is_text
-            else part.view(_stored(kind)).reshape([*map(int, sides)])
-        )
-    return tree
+    leaves = [_leaf(stream[place], text) for text, place in _places(layout)]
+    return jax.tree.unflatten(jax.tree.structure(layout), leaves)
 
 
 def size(layout: dict) -> int:
     """Bytes of the stream; at least one."""
-    ends = [start + _num_bytes(text) for _, start, text in _places(layout)]
-    return max([1, *ends])
+    return max([1, *(place.stop for _, place in _places(layout))])
 
 
-def _described(tree: dict) -> dict:
-    return {
-        key: _described(value) if isinstance(value, dict) else _description(value)
-        for key, value in tree.items()
-    }
-
-
-def _stored(kind: str) -> np.dtype:
-    return np.dtype(kind).newbyteorder("<")
+def _places(layout: dict) -> Iterator[tuple[str, slice]]:
+    """Description and bytes of each leaf."""
+    start = 0
+    for text in jax.tree.leaves(layout):
+        kind, *sides = text.split()
+        itemsize = 1 if kind == _TEXT else np.dtype(kind).itemsize
+        end = start + itemsize * math.prod(map(int, sides))
+        yield text, slice(start, end)
+        start = -(-end // _ALIGNMENT) * _ALIGNMENT
 
 
 def _description(leaf: Any) -> str:
     if isinstance(leaf, str):
         return f"{_TEXT} {len(leaf.encode())}"
     return " ".join([np.dtype(leaf.dtype).name, *map(str, leaf.shape)])
-
-
-def _leaves(tree: dict, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for key in sorted(tree):
-        if isinstance(tree[key], dict):
-            yield from _leaves(tree[key], (*path, key))
-        else:
-            yield (*path, key), tree[key]
-
-
-def _places(layout: dict) -> Iterator[tuple[tuple[str, ...], int, str]]:
-    """Path, first byte and description of each leaf."""
-    start = 0
-    for path, text in _leaves(layout):
-        yield path, start, text
-        start += -(-_num_bytes(text) // _ALIGNMENT) * _ALIGNMENT
-
-
-def _num_bytes(text: str) -> int:
-    kind, *sides = text.split()
-    itemsize = 1 if kind == _TEXT else np.dtype(kind).itemsize
-    return itemsize * math.prod(map(int, sides))
 
 
 def _bytes_of(leaf: Any) -> Bytes:
@@ -112,5 +76,8 @@ def _bytes_of(leaf: Any) -> Bytes:
     return array.astype(array.dtype.newbyteorder("<"), copy=False).reshape(-1).view(np.uint8)
 
 
-def _empty_like(layout: dict) -> dict:
-    return {key: _empty_like(v) if isinstance(v, dict) else None for key, v in layout.items()}
+def _leaf(part: Bytes, text: str) -> Any:
+    kind, *sides = text.split()
+    if kind == _TEXT:
+        return part.tobytes().decode()
+    return part.view(np.dtype(kind).newbyteorder("<")).reshape([*map(int, sides)])

@@ -247,8 +247,12 @@ def apply_matrix(
 ) -> Maps:
     """The matrix times x along one axis, 1 (down) or 2 (across), in float32 (float64 of float64)."""
     x = x.astype(_accumulator(x))
-    if platform == "gpu" and isinstance(matrix, np.ndarray) and _is_narrow(matrix):
-        return _weighted_sums(x, matrix, axis)
+    if platform == "gpu" and isinstance(matrix, np.ndarray):
+        forward, backward = _bands(matrix), _bands(matrix.T)
+        # Of a bilinear resizing, and of its gradient down to a 16th, sums are less work for a GPU than a product,
+        # which float32 leaves to slow units.
+        if forward.places.shape[1] <= 2 and backward.places.shape[1] <= 33:
+            return _weighted_sums(x, forward, backward, axis)
 
     def contract(equation: str, matrix: AnyArray) -> jax.Array:
         # The weights are positions, not learned values: rounding them to TF32 or bfloat16 would move pixels.
@@ -262,12 +266,6 @@ def apply_matrix(
         each = jnp.broadcast_to(jnp.asarray(matrix), (*x.shape[:2], *matrix.shape))
         return contract("nhWw,nhwc->nhWc", each)
     return contract("Ww,nhwc->nhWc", matrix)
-
-
-def _is_narrow(matrix: np.ndarray) -> bool:
-    """Whether sums of a few samples are less work for a GPU than a product, which float32 leaves to slow
-    units: of a bilinear resizing and of its gradient, down to a 16th."""
-    return max(_bands(matrix).places.shape[1] - 2, _bands(matrix.T).places.shape[1] - 33) <= 0
 
 
 class _Bands(NamedTuple):
@@ -291,9 +289,12 @@ def _bands(matrix: Float[np.ndarray, "rows columns"]) -> _Bands:
     return _Bands(places, np.take_along_axis(matrix, places, axis=1))
 
 
-def _weighted_sums(x: Maps, matrix: np.ndarray, axis: int) -> Maps:
-    """`apply_matrix` as sums of samples, which XLA computes where they are used; so is the gradient."""
-    forward, backward = _bands(matrix), _bands(matrix.T)
+def _weighted_sums(x: Maps, forward: _Bands, backward: _Bands, axis: int) -> Maps:
+    """`apply_matrix` as sums of samples, which XLA computes where they are used; so is the gradient.
+
+    Args:
+        forward, backward: bands of the matrix and of its transpose.
+    """
 
     def summed(x: jax.Array, bands: _Bands) -> jax.Array:
         total = jnp.zeros((), x.dtype)

@@ -32,7 +32,7 @@ from pspnet_torch import MEAN, STD, PSPNet
 
 from pspnet_jax import convert
 from pspnet_jax.data.folders import read_image
-from pspnet_jax.metric_writer import log_to
+from pspnet_jax.progress import log_to
 
 SCALES = "0.5,0.75,1.0,1.25,1.5,1.75"
 SIZE = (512, 683)

@@ -47,7 +47,7 @@ from torch import Tensor, nn
 
 import pspnet_jax
 from pspnet_jax import convert, export
-from pspnet_jax.metric_writer import log_to
+from pspnet_jax.progress import log_to
 from pspnet_jax.segmenter import Segmenter
 
 Size = tuple[int, int]

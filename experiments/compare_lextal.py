@@ -42,10 +42,10 @@ from pspnet_jax import convert, export
 from pspnet_jax.arrays import Example, Outputs
 from pspnet_jax.config import default_config
 from pspnet_jax.data import transforms, views
-from pspnet_jax.metric_writer import log_to
 from pspnet_jax.models.families import IMAGENET_8BIT, ModelOptions
 from pspnet_jax.models.layers import NoRandomNumbers
 from pspnet_jax.models.pspnet import PSPNet
+from pspnet_jax.progress import log_to
 from pspnet_jax.train_step import normalize, split_model
 
 # Our backbone -> its name there, channels of the last stage and of the third.

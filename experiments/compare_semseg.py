@@ -37,7 +37,7 @@ from pspnet_jax import convert, export
 from pspnet_jax.arrays import Example
 from pspnet_jax.data import transforms
 from pspnet_jax.data.folders import read_image
-from pspnet_jax.metric_writer import log_to
+from pspnet_jax.progress import log_to
 
 DEPTHS = {50: "ade20k", 101: "voc2012", 152: "cityscapes"}
 CLASSES = {"ade20k": 150, "voc2012": 21, "cityscapes": 19}

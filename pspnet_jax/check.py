@@ -8,6 +8,7 @@
 
 import functools
 import json
+import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -33,10 +34,13 @@ from pspnet_jax.data.survey import (
     examine_record,
     survey,
 )
-from pspnet_jax.metric_writer import Progress, log, write_whole
+from pspnet_jax.progress import Progress
+from pspnet_jax.whole_files import write_whole
 
 NUM_PAINTED = 64  # of each split of `scenes`: every other image is painted the same way
 _FIRST, _RANDOM, _SECONDS_OF_FIRST_LOOK = 3, 9, 2.0
+
+log = logging.getLogger("pspnet_jax")
 
 
 def run(config: ConfigDict, *, output: str | None = None) -> Check:

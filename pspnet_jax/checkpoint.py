@@ -8,11 +8,9 @@
 * Every part carries a digest (SHA-256 over names, shapes and values), checked on every load, because
   neither the disk nor the array format promises that what is read is what was written.
 * The latest two steps and the best one are kept; older ones go only after the new one was read back.
-* Trees are nested dictionaries with string keys, nothing else.
 """
 
 import errno
-import functools
 import hashlib
 import json
 import logging
@@ -24,15 +22,15 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from pspnet_jax.packing import Packed, pack, size, unpack
+from pspnet_jax.trees import Tree, digest
+from pspnet_jax.whole_files import write_whole
 
-Tree = dict
 log = logging.getLogger("pspnet_jax")
 NUM_LATEST = 2
 _PIECE_BYTES = 64 * 2**20
@@ -146,9 +144,7 @@ class CheckpointFolder:
         content = json.loads(path.read_text())
         score = {"mean_iou": mean_iou, "score_digest": _score_digest(step, mean_iou)}
         content["custom_metadata"].update(score)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(content))
-        temporary.replace(path)
+        write_whole(path, json.dumps(content))
 
     def wait(self) -> None:
         """Finish, verify and prune; nothing where nothing is being written."""
@@ -241,56 +237,6 @@ class CheckpointFolder:
         for step in steps:
             if step not in kept:
                 shutil.rmtree(self.folder(step))
-
-
-def digest(tree: Tree) -> str:
-    """SHA-256 over the names, types, shapes and bytes of all leaves."""
-    result = hashlib.sha256()
-    for name, leaf in flatten(tree).items():
-        text = isinstance(leaf, str)
-        array = np.frombuffer(leaf.encode(), np.uint8) if text else np.asarray(leaf)
-        result.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        result.update(array.tobytes())
-    return result.hexdigest()
-
-
-def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> leaf, sorted by name."""
-    leaves = {}
-    for key in sorted(tree):
-        if isinstance(tree[key], Mapping):
-            leaves |= flatten(tree[key], f"{prefix}{key}.")
-        else:
-            leaves[prefix + key] = tree[key]
-    return leaves
-
-
-def unflatten(leaves: Mapping[str, Any]) -> Tree:
-    """Nested dictionaries from dotted names: `flatten` backwards."""
-    tree: Tree = {}
-    for name, leaf in leaves.items():
-        *folders, last = name.split(".")
-        functools.reduce(lambda node, key: node.setdefault(key, {}), folders, tree)[last] = leaf
-    return tree
-
-
-def check_same_shapes(stored: Tree, wanted: Tree, *, where: str) -> None:
-    """Raise ValueError listing every parameter that is missing, left over or of another shape."""
-    old, new = (
-        {name: tuple(np.shape(x)) for name, x in flatten(tree).items()} for tree in (stored, wanted)
-    )
-    faults = [f"{name} is not in the checkpoint" for name in new if name not in old]
-    faults += [f"{name} is not in the network" for name in old if name not in new]
-    faults += [
-        f"{name} is {old[name]} in the checkpoint and {new[name]} in the network"
-        for name in new
-        if name in old and old[name] != new[name]
-    ]
-    if faults:
-        shown = "\n  ".join(
-            faults[:20] + ([f"... and {len(faults) - 20} more"] * (len(faults) > 20))
-        )
-        raise ValueError(f"{where} does not fit this network:\n  {shown}")
 
 
 def _root_cause(error: BaseException, *, handled: BaseException | None = None) -> str:

@@ -20,7 +20,7 @@ from flax import nnx
 
 from pspnet_jax import protocols
 from pspnet_jax.catalog import LabelSet, load_label_set
-from pspnet_jax.checkpoint import CheckpointFolder, flatten, unflatten
+from pspnet_jax.checkpoint import CheckpointFolder
 from pspnet_jax.config import default_config
 from pspnet_jax.models.families import FAMILIES, ModelOptions
 from pspnet_jax.models.layers import NoRandomNumbers
@@ -30,6 +30,7 @@ from pspnet_jax.passes import structure
 from pspnet_jax.pretrained import OPTIONS, beyond, read_file, recognize
 from pspnet_jax.stored_model import FILE_FORMAT, Description, model_part
 from pspnet_jax.train_step import split_model
+from pspnet_jax.trees import filled, flatten
 from pspnet_jax.weights import names, safetensors, tables
 from pspnet_jax.weights.fit import Shape, fit, stem_of
 from pspnet_jax.weights.names import MisfitError, Weights
@@ -143,7 +144,7 @@ def _convert_network(
     _check_amount(weights, shapes, options, file)
     found = fit(weights, shapes, where=file)
     loaded = {
-        part: unflatten({path: found.loaded[path] for path in flatten(tree)})
+        part: filled(tree, found.loaded)
         for part, tree in (("params", params), ("batch_stats", batch_stats))
     }
     output.mkdir(parents=True, exist_ok=True)
@@ -223,7 +224,7 @@ def infer_options(
     section["stem"] = told.get("stem", stem_of(shapes))
     stage1 = width * DEPTHS[section["backbone"]][0].expansion  # channels that it gives
     levels = [s for p, s in shapes.items() if p.startswith("pyramid.") and len(s) == 4]
-    num_stages = _num_stages(levels, stage1)
+    num_stages = _stages_below(levels, stage1)
     # Families that cut networks off do not dilate those that they do not cut.
     if levels and min(num_stages, FAMILIES[family].options["num_stages"]) < 4:
         section["num_stages"] = num_stages = told.get("num_stages", num_stages)
@@ -242,7 +243,7 @@ def infer_options(
     return ModelOptions.resolve(section)
 
 
-def _num_stages(levels: Sequence[Shape], stage1: int) -> int:
+def _stages_below(levels: Sequence[Shape], stage1: int) -> int:
     """Stages of the backbone below the pyramid, by the channels that its levels take."""
     taken = collections.Counter(shape[2] for shape in levels).most_common(1)
     ratio = taken[0][0] / stage1 if taken else 8

@@ -25,8 +25,8 @@ from pspnet_jax import parallel
 from pspnet_jax.arrays import LabelMap, RawImage
 from pspnet_jax.catalog import LabelSet, load_label_set
 from pspnet_jax.data.pipeline import Source, evaluation_examples, open_source
-from pspnet_jax.metric_writer import Progress
 from pspnet_jax.metrics import Confusion, ImageScore, confusion_matrix, image_score
+from pspnet_jax.progress import Progress
 from pspnet_jax.protocols import Protocol
 from pspnet_jax.report import Evaluation, panel_indices, ranks, summary, write_report
 from pspnet_jax.segmenter import Segmenter, load

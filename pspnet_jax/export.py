@@ -21,19 +21,19 @@ import numpy as np
 from flax import nnx
 
 from pspnet_jax import stored_model
-from pspnet_jax.checkpoint import flatten
-from pspnet_jax.metric_writer import write_whole
 from pspnet_jax.models.families import FORWARD_OPTIONS, ModelOptions
 from pspnet_jax.models.resnet import DEPTHS, Bottleneck
 from pspnet_jax.passes import structure
 from pspnet_jax.pretrained import OPTIONS
 from pspnet_jax.segmenter import logits_function
 from pspnet_jax.stored_model import Description, StoredModel
+from pspnet_jax.trees import flatten
 from pspnet_jax.version import __version__
 from pspnet_jax.weights import caffe, names, safetensors, tables
+from pspnet_jax.weights.fit import AUXILIARY
+from pspnet_jax.whole_files import write_whole
 
 FORMATS = ("pspnet_jax", "safetensors", "caffemodel", "stablehlo")
-_AUXILIARY = ("aux_head.", "presence_head.")
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 log = logging.getLogger("pspnet_jax")
@@ -128,7 +128,7 @@ def _published(stored: StoredModel, target: Path) -> dict[str, np.ndarray]:
     arrays = {
         path: np.asarray(array)
         for path, array in leaves.items()
-        if not path.startswith(_AUXILIARY) or table.has(path)
+        if not path.startswith(AUXILIARY) or table.has(path)
     }
     if options.family == "caffe":
         order = tables.caffe_order(options.pyramid_bins)

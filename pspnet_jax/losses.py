@@ -30,7 +30,13 @@ from pspnet_jax.arrays import (
     PresenceLogits,
     Scalar,
 )
-from pspnet_jax.resample import Maps, Platform, apply_matrix, resize_matrix
+from pspnet_jax.resample import (
+    Maps,
+    Platform,
+    apply_matrix,
+    resize_matrix,
+    sample_positions,
+)
 
 
 @dataclass(frozen=True)
@@ -379,11 +385,7 @@ def _class_factors(like: jax.Array, options: LossOptions) -> Float[jax.Array, "*
 
 def _nearest(old: int, new: int, *, align_corners: bool) -> np.ndarray:
     """Positions among `old` samples that lie nearest to each of `new` ones."""
-    target = np.arange(new)
-    if align_corners:
-        source = target * ((old - 1) / (new - 1) if new > 1 else 0.0)
-    else:
-        source = (target + 0.5) * old / new - 0.5
+    source = sample_positions(old, new, align_corners=align_corners)
     return np.floor(source + 0.5).astype(int).clip(0, old - 1)
 
 

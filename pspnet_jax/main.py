@@ -87,7 +87,7 @@ def _refuse_unused_options(verb: str, argv: list[str]) -> None:
 
 def _run(verb: Verb, values: flags.FlagValues, words: list[str]) -> int:
     from pspnet_jax import processes, programs
-    from pspnet_jax.metric_writer import log, log_to
+    from pspnet_jax.progress import log, log_to
 
     log_to(None)
     programs.keep()

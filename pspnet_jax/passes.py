@@ -16,12 +16,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pspnet_jax import canvas as canvas_module
 from pspnet_jax.arrays import Images, Labels, Logits, RawImages
 from pspnet_jax.canvas import AxisTaps, Tile, Wanted
-from pspnet_jax.checkpoint import Tree
 from pspnet_jax.models.families import ModelOptions, Normalization
 from pspnet_jax.models.layers import NoRandomNumbers
 from pspnet_jax.models.pspnet import PSPNet
 from pspnet_jax.resample import Maps, Platform, resize
 from pspnet_jax.train_step import normalize, split_model
+from pspnet_jax.trees import Tree
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,14 @@ class Network:
     num_classes: int
     normalization: Normalization
     platform: Platform = None
+
+
+def check_passes(batch_size: int, canvas_gib: float) -> None:
+    """Raise ValueError for numbers that no pass can have."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    if not 0 < canvas_gib <= 2**20:
+        raise ValueError(f"canvas_gib={canvas_gib} must be above 0, GiB")
 
 
 @functools.lru_cache(maxsize=16)

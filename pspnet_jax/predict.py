@@ -15,7 +15,6 @@ import csv
 import io
 import json
 import logging
-import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,13 +28,16 @@ from jaxtyping import UInt8
 
 from pspnet_jax import submission as submission_module
 from pspnet_jax import visualize
-from pspnet_jax.arrays import RawImage
+from pspnet_jax.arrays import Prediction, RawImage
 from pspnet_jax.catalog import COLUMNS, LabelSet
 from pspnet_jax.data.folders import read_image
 from pspnet_jax.data.layouts import DataError
 from pspnet_jax.image_files import ImageFile, find_images
-from pspnet_jax.metric_writer import Progress, write_whole
-from pspnet_jax.segmenter import Prediction, Protocol, Segmenter, check_passes, load
+from pspnet_jax.passes import check_passes
+from pspnet_jax.progress import Progress
+from pspnet_jax.protocols import Protocol
+from pspnet_jax.segmenter import Segmenter, load
+from pspnet_jax.whole_files import whole_file, write_whole
 
 DEFAULT_OUTPUTS = ("class_maps", "palette", "overlays", "legend")
 OUTPUTS = (*DEFAULT_OUTPUTS, "confidence", "entropy", "probabilities")
@@ -304,7 +306,6 @@ def _write(
     """Write the results of one image."""
     labels = found.class_map
     for kind, path in targets.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
         if kind == "class_maps":
             write_whole(path, visualize.encode_png(labels))
         elif kind == "palette":
@@ -315,14 +316,8 @@ def _write(
         elif kind == "submission" and raw_ids is not None:
             write_whole(path, visualize.encode_png(raw_ids[labels]))
         elif kind == "probabilities":
-            _write_array(path, found.probabilities)
+            assert found.probabilities is not None
+            with whole_file(path) as file:
+                np.save(file, found.probabilities)
         else:
             write_whole(path, visualize.encode_png(visualize.gray(getattr(found, kind))))
-
-
-def _write_array(path: Path, array: np.ndarray | None) -> None:
-    assert array is not None
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        np.save(file, array)
-    os.replace(temporary, path)

@@ -10,7 +10,7 @@ from pspnet_jax import folder_lock
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.data import builders
 from pspnet_jax.data.folders import FolderSource
-from pspnet_jax.metric_writer import Progress
+from pspnet_jax.progress import Progress
 
 log = logging.getLogger("pspnet_jax")
 

@@ -17,17 +17,16 @@ import numpy as np
 
 from pspnet_jax import stored_model
 from pspnet_jax.catalog import LabelSet
-from pspnet_jax.checkpoint import Tree, flatten, unflatten
 from pspnet_jax.models.families import FAMILIES
+from pspnet_jax.trees import Tree, filled, flatten
 from pspnet_jax.weights import caffe, names, pytorch, safetensors, tables
-from pspnet_jax.weights.fit import CLASSIFIER, HEADS, fit
+from pspnet_jax.weights.fit import AUXILIARY, CLASSIFIER, HEADS, fit
 from pspnet_jax.weights.names import MisfitError, Weights
 from pspnet_jax.weights.pytorch import WeightsFileError
 
 OPTIONS = "options"
 """In the metadata of published files that `export` writes: `FORWARD_OPTIONS`, which names and shapes do not tell,
 as JSON."""
-_AUXILIARY = ("aux_head.", "presence_head.")
 
 log = logging.getLogger("pspnet_jax")
 
@@ -160,20 +159,21 @@ def start_from(
     """
     weights, stored_set, theirs = read_weights(path, bins=bins)
     fresh = flatten(params) | flatten(batch_stats)
-    weights = weights.without(beyond(_num_stages(fresh)))
+    weights = weights.without(beyond(_highest_stage(fresh)))
     other, anew = None, [HEADS]
     if not weights.is_backbone:
         other = _other_classes(weights, stored_set, label_set)
         anew = [*_lacking_heads(weights), *([CLASSIFIER] if other else [])]
     is_foreign = None not in (family, theirs) and theirs != family
     shapes = {name: tuple(array.shape) for name, array in fresh.items()}
-    try:
-        found = fit(weights, shapes, where=path, starts_anew="|".join(anew) or None)
-    except MisfitError as error:
-        if not is_foreign:
-            raise
-        hint = f"likely cause: it is of the family '{theirs}' (--config.model.family={theirs})"
-        raise MisfitError(f"{error}\n  {hint}") from None
+    of_theirs = f"it is of the family '{theirs}' (--config.model.family={theirs})"
+    found = fit(
+        weights,
+        shapes,
+        where=path,
+        starts_anew="|".join(anew) or None,
+        likely_cause=of_theirs if is_foreign else None,
+    )
     log.info("init_from=%s", path)
     log.info("  loaded          %s", _listed(list(found.loaded), of=len(fresh)))
     log.info("  re-initialized  %s", _listed(found.reinitialized, of=len(fresh)))
@@ -188,18 +188,18 @@ def start_from(
         )
     if other:
         log.info("  the classifiers start anew: %s", other)
-    merged = unflatten({name: found.loaded.get(name, array) for name, array in fresh.items()})
-    return _like(params, merged), _like(batch_stats, merged)
+    leaves = {**fresh, **found.loaded}
+    return filled(params, leaves), filled(batch_stats, leaves)
 
 
 def _lacking_heads(weights: Weights) -> list[str]:
     """Patterns of the auxiliary heads of which weights have nothing."""
-    lacking = [h for h in _AUXILIARY if not any(path.startswith(h) for path in weights.arrays)]
+    lacking = [h for h in AUXILIARY if not any(path.startswith(h) for path in weights.arrays)]
     return [rf"{re.escape(head)}.*" for head in lacking]
 
 
-def _num_stages(paths: Iterable[str]) -> int:
-    """Stages of the residual network that has these paths; any number where it is none."""
+def _highest_stage(paths: Iterable[str]) -> int:
+    """Of the residual network that has these paths; 4 where it is none."""
     found = [re.match(r"backbone\.layer(\d+)_", path) for path in paths]
     return max((int(match[1]) for match in found if match), default=4)
 
@@ -222,14 +222,6 @@ def _other_classes(
     there = "/".join(map(str, counts)) + " classes"
     there += f" of '{stored_set.name}'" if stored_set else ""
     return f"{there} there, {label_set.num_classes} of '{label_set.name}' here"
-
-
-def _like(tree: Tree, merged: Tree) -> Tree:
-    """Those entries of `merged` that `tree` has."""
-    return {
-        key: _like(value, merged[key]) if isinstance(value, dict) else merged[key]
-        for key, value in tree.items()
-    }
 
 
 def _listed(found: Sequence[str], *, of: int | None = None) -> str:

@@ -21,13 +21,13 @@ from pspnet_jax import visualize
 from pspnet_jax.arrays import IGNORE_LABEL, Example, LabelMap
 from pspnet_jax.catalog import LabelSet
 from pspnet_jax.data.pipeline import Source
-from pspnet_jax.metric_writer import write_whole
 from pspnet_jax.metrics import Confusion, ImageScore, Scores, group_iou, scores
 from pspnet_jax.protocols import Protocol
 from pspnet_jax.report_html import ShownImage, page
 from pspnet_jax.report_text import as_json, markdown
 from pspnet_jax.segmenter import Provenance
 from pspnet_jax.version import __version__
+from pspnet_jax.whole_files import write_whole
 
 NUM_PANELS = 8
 NUM_OF_RANK = 3

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int32
+from jaxtyping import Bool, Float, Float32, Float64, Int32
 
 from pspnet_jax.arrays import AnyArray
 
@@ -53,6 +53,17 @@ def pooling_matrix(size: Size, num_bins: int) -> Float[AnyArray, "bins size"]:
     return matrix
 
 
+def sample_positions(
+    size: int, new_size: int, *, align_corners: bool
+) -> Float64[np.ndarray, "new_size"]:
+    """Where new samples lie among the old ones, the first of which is 0; by half pixels also beyond the ends."""
+    target = np.arange(new_size)
+    if align_corners:
+        # A single new sample has no second corner: PyTorch takes the first old one.
+        return target * ((size - 1) / (new_size - 1) if new_size > 1 else 0.0)
+    return (target + 0.5) * size / new_size - 0.5
+
+
 def resize_matrix(
     size: Size, new_size: Size, *, align_corners: bool
 ) -> Float[AnyArray, "new_size size"]:
@@ -60,12 +71,8 @@ def resize_matrix(
     is a symbol."""
     if not is_static(size, new_size):
         return symbolic_resize_matrix(size, new_size, align_corners=align_corners)
+    source = sample_positions(size, new_size, align_corners=align_corners).clip(0, size - 1)
     target = np.arange(new_size)
-    if align_corners:
-        # A single output sample has no second corner: PyTorch takes the first input sample.
-        source = target * ((size - 1) / (new_size - 1) if new_size > 1 else 0.0)
-    else:
-        source = np.clip((target + 0.5) * size / new_size - 0.5, 0, size - 1)
     lower = np.clip(np.floor(source).astype(int), 0, max(size - 2, 0))
     upper = np.minimum(lower + 1, size - 1)
     matrix = np.zeros((new_size, size))

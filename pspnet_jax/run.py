@@ -32,27 +32,23 @@ from ml_collections import ConfigDict
 from pspnet_jax import check, evaluate, parallel, passes
 from pspnet_jax import config as config_module
 from pspnet_jax.arrays import Batch
-from pspnet_jax.checkpoint import (
-    CheckpointFolder,
-    CorruptCheckpointError,
-    Tree,
-    check_same_shapes,
-    digest,
-    flatten,
-)
+from pspnet_jax.checkpoint import CheckpointFolder, CorruptCheckpointError
 from pspnet_jax.data import transforms, unreadable
 from pspnet_jax.data.pipeline import Source, name_of, training_batches
-from pspnet_jax.metric_writer import MetricWriter, TrainingProgress, log_to, write_whole
+from pspnet_jax.metric_writer import MetricWriter, TrainingProgress
 from pspnet_jax.models.families import ModelOptions
 from pspnet_jax.models.layers import NoRandomNumbers, RandomNumbers
 from pspnet_jax.pretrained import start_from
+from pspnet_jax.progress import log_to
 from pspnet_jax.report import summary, write_report
 from pspnet_jax.segmenter import Provenance, Segmenter
 from pspnet_jax.skipped_steps import SkippedSteps
 from pspnet_jax.stored_model import Description, model_part
 from pspnet_jax.train_step import TrainState, TrainStep
+from pspnet_jax.trees import Tree, check_same_shapes, digest, flatten
 from pspnet_jax.version import __version__
 from pspnet_jax.watchdog import Watchdog
+from pspnet_jax.whole_files import write_whole
 
 log = logging.getLogger("pspnet_jax")
 

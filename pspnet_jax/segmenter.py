@@ -33,10 +33,10 @@ from pspnet_jax.arrays import (
     RawImages,
 )
 from pspnet_jax.canvas import Wanted
-from pspnet_jax.checkpoint import Tree
 from pspnet_jax.protocols import Protocol
 from pspnet_jax.stored_model import Description, StoredModel
 from pspnet_jax.stream import NetworkRule
+from pspnet_jax.trees import Tree
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Segmenter:
             ValueError: for what is no RGB image, naming its shape, or an impossible number.
         """
         chosen = protocol or self.protocol
-        check_passes(batch_size, canvas_gib)
+        passes.check_passes(batch_size, canvas_gib)
         tile = functools.partial(
             passes.make_tile,
             of_logits=chosen.rules.averages == "logits",
@@ -306,11 +306,3 @@ def _checked(image: np.ndarray) -> AnyImage:
             "read from a file (Segmenter.logits takes normalized ones, too)"
         )
     return image
-
-
-def check_passes(batch_size: int, canvas_gib: float) -> None:
-    """Raise ValueError for numbers that no pass can have."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
-    if not 0 < canvas_gib <= 2**20:
-        raise ValueError(f"canvas_gib={canvas_gib} must be above 0, GiB")

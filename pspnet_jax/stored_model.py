@@ -12,19 +12,12 @@ import numpy as np
 
 from pspnet_jax import passes
 from pspnet_jax.catalog import LabelSet
-from pspnet_jax.checkpoint import (
-    CheckpointFolder,
-    CorruptCheckpointError,
-    Tree,
-    check_same_shapes,
-    digest,
-    flatten,
-    unflatten,
-)
+from pspnet_jax.checkpoint import CheckpointFolder, CorruptCheckpointError
 from pspnet_jax.models.families import ModelOptions, Normalization
 from pspnet_jax.passes import Network
 from pspnet_jax.protocols import Protocol
 from pspnet_jax.resample import Platform
+from pspnet_jax.trees import Tree, check_same_shapes, digest, flatten, unflatten
 from pspnet_jax.weights import safetensors
 
 FILE_FORMAT = "pspnet_jax"

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int64, UInt8
 
+from pspnet_jax.resample import sample_positions
+
 
 class Taps(NamedTuple):
     """New sample i is the sum over k of weights[i, k] * old[indices[i, k]]."""
@@ -32,14 +34,12 @@ class Taps(NamedTuple):
 
 def half_pixel(size: int, new_size: int) -> Taps:
     """Bilinear, centers at half positions, nothing smoothed."""
-    positions = (np.arange(new_size) + 0.5) * size / new_size - 0.5
-    return _between(np.clip(positions, 0, size - 1), size)
+    return _between(sample_positions(size, new_size, align_corners=False), size)
 
 
 def align_corners(size: int, new_size: int) -> Taps:
     """Bilinear, ends on ends; a single new sample is the first old one."""
-    step = (size - 1) / (new_size - 1) if new_size > 1 else 0.0
-    return _between(np.arange(new_size) * step, size)
+    return _between(sample_positions(size, new_size, align_corners=True), size)
 
 
 def pillow(size: int, new_size: int) -> Taps:
@@ -135,6 +135,7 @@ def resize_matlab(
 
 
 def _between(positions: np.ndarray, size: int) -> Taps:
+    positions = positions.clip(0, size - 1)
     lower = np.clip(np.floor(positions).astype(int), 0, max(size - 2, 0))
     upper = np.minimum(lower + 1, size - 1)
     fraction = positions - lower

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,19 @@ def data(tmp_path_factory):
     write_split(root, "train", 5)
     write_split(root, "val", 3)
     return root
+
+
+class Clock:
+    """A clock that stands still until it is told to go on."""
+
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
 
 
 _seconds: dict[str, float] = {}

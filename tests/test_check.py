@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from pspnet_jax import check, check_report, metric_writer
+from pspnet_jax import check, check_report, progress
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.config import default_config
 from pspnet_jax.data.folders import FolderSource
@@ -77,7 +77,7 @@ def test_nothing_wrong(tmp_path, capsys):
 
 def test_progress_without_a_terminal_is_lines(tmp_path, capsys, monkeypatch):
     good_data(tmp_path)
-    monkeypatch.setattr(metric_writer, "_SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
     check.run(config_of(tmp_path))
     counts = [line.split("  ")[0] for line in capsys.readouterr().err.splitlines()]
     assert counts == [

@@ -9,10 +9,10 @@ import pytest
 
 import pspnet_jax
 from pspnet_jax import convert, export
-from pspnet_jax.checkpoint import flatten
 from pspnet_jax.main import main
 from pspnet_jax.models.pspnet import PSPNet
 from pspnet_jax.train_step import split_model
+from pspnet_jax.trees import flatten
 from pspnet_jax.weights import names, pytorch, safetensors, tables
 
 from networks import options

@@ -18,7 +18,7 @@ from test_golden_families import CASES, OF_FILES, load, options_of
 import pspnet_jax
 from pspnet_jax import convert, export, pretrained, protocols
 from pspnet_jax.catalog import load_label_set
-from pspnet_jax.checkpoint import CheckpointFolder, flatten
+from pspnet_jax.checkpoint import CheckpointFolder
 from pspnet_jax.main import main
 from pspnet_jax.models.families import FAMILIES, ModelOptions
 from pspnet_jax.models.layers import NoRandomNumbers
@@ -26,6 +26,7 @@ from pspnet_jax.models.pspnet import PSPNet
 from pspnet_jax.pretrained import start_from
 from pspnet_jax.stored_model import Description, StoredModel
 from pspnet_jax.train_step import split_model
+from pspnet_jax.trees import flatten
 from pspnet_jax.weights import caffe, safetensors, tables
 from pspnet_jax.weights.names import COUNTER, MisfitError, publish
 

@@ -441,8 +441,8 @@ if int(count) > 1:
     jax.distributed.initialize(f"127.0.0.1:{port}", int(count), int(index))
 assert jax.process_count() == int(count)
 assert jax.local_device_count() == 2
-from pspnet_jax import evaluate, metric_writer
-metric_writer.log_to(None)
+from pspnet_jax import evaluate, progress
+progress.log_to(None)
 evaluate.run(checkpoint, config=None, output=output)
 """
 

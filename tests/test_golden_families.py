@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pspnet_jax.checkpoint import flatten, unflatten
 from pspnet_jax.models.families import FAMILIES, ModelOptions
 from pspnet_jax.models.layers import NoRandomNumbers
 from pspnet_jax.models.pspnet import PSPNet
 from pspnet_jax.resample import resize
 from pspnet_jax.train_step import normalize, split_model
+from pspnet_jax.trees import flatten, unflatten
 from pspnet_jax.weights import tables
 from pspnet_jax.weights.names import publish, rename
 

@@ -9,7 +9,7 @@ from test_convert import FILE, backbone_arrays, published, write
 
 from pspnet_jax import convert, stored_model
 from pspnet_jax.catalog import load_label_set
-from pspnet_jax.checkpoint import CheckpointFolder, flatten
+from pspnet_jax.checkpoint import CheckpointFolder
 from pspnet_jax.compose import compose
 from pspnet_jax.models.families import IMAGENET_8BIT
 from pspnet_jax.pretrained import start_from
@@ -17,6 +17,7 @@ from pspnet_jax.protocols import choose
 from pspnet_jax.stored_model import Description, model_part
 from pspnet_jax.train import train
 from pspnet_jax.train_step import split_model
+from pspnet_jax.trees import flatten
 from pspnet_jax.weights import safetensors
 from pspnet_jax.weights.names import MisfitError
 

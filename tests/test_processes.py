@@ -236,8 +236,8 @@ def test_a_killed_peer_is_noticed(data, tmp_path):
 
 def test_peers_that_do_not_come_are_an_error_with_the_address():
     script = (
-        "from pspnet_jax import processes, main, metric_writer\n"
-        "metric_writer.log_to(None)\n"
+        "from pspnet_jax import processes, main, progress\n"
+        "progress.log_to(None)\n"
         "processes.meet('on', seconds=3)\n"
     )
     port = free_port()

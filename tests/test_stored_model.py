@@ -10,10 +10,11 @@ import pytest
 import pspnet_jax
 from pspnet_jax import stored_model
 from pspnet_jax.catalog import load_label_set
-from pspnet_jax.checkpoint import CorruptCheckpointError, digest
+from pspnet_jax.checkpoint import CorruptCheckpointError
 from pspnet_jax.data.scenes import SPLITS, render
 from pspnet_jax.main import main
 from pspnet_jax.metrics import confusion_matrix, scores
+from pspnet_jax.trees import digest
 from pspnet_jax.weights import safetensors
 
 BUDGET_SECONDS = 60

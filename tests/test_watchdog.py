@@ -11,7 +11,7 @@ BUDGET_SECONDS = 30
 HANG = """
 import threading, time
 from pathlib import Path
-from pspnet_jax.metric_writer import log_to
+from pspnet_jax.progress import log_to
 from pspnet_jax.watchdog import Watchdog
 log_to(Path("log.txt"))
 def wait_for_a_dead_disk():

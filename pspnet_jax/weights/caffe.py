@@ -30,6 +30,7 @@ from pspnet_jax.weights.messages import (
 )
 from pspnet_jax.weights.pickles import FaultError, short
 from pspnet_jax.weights.pytorch import WeightsFileError
+from pspnet_jax.whole_files import whole_file
 
 Blob = Float[np.ndarray, "..."]
 Stride = tuple[int, int]
@@ -128,10 +129,7 @@ def write(path: Path | str, arrays: Mapping[str, Blob], strides: Mapping[str, St
     size = sum(4 * array.size for array in arrays.values())
     if size + MAX_SMALL_BYTES * len(arrays) > MAX_BYTES:
         raise ValueError(f"{size} bytes: Caffe reads less than 2 GiB, write safetensors instead")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("wb") as file:
+    with whole_file(Path(path)) as file:
         for name, blobs in layers.items():  # nets in a row are one net, by the rules of the format
             net = _MESSAGES["Net"]()
             layer = net.layer.add(name=name.encode(), type=types[name])
@@ -143,7 +141,6 @@ def write(path: Path | str, arrays: Mapping[str, Blob], strides: Mapping[str, St
             if name in strides:
                 layer.convolution_param.stride.extend(strides[name])
             file.write(net.SerializeToString())
-    unfinished.replace(path)
 
 
 def _map(file: BinaryIO) -> memoryview:

@@ -21,6 +21,8 @@ Shape = tuple[int, ...]
 
 CLASSIFIER = r"(head|aux_head|presence_head)\.classifier\.(kernel|bias)"
 HEADS = r"(pyramid|head|aux_head|presence_head)\..*"
+AUXILIARY = ("aux_head.", "presence_head.")
+"""How the paths of heads begin that only training needs."""
 
 _DEEP_STEM = re.compile(r"backbone\.stem\.\w+[23]\.")
 _PLANES = re.compile(r"backbone\.layer1_\d+\.conv[12]\.kernel")
@@ -57,6 +59,7 @@ def fit(
     *,
     where: str,
     starts_anew: str | None = None,
+    likely_cause: str | None = None,
 ) -> Fit:
     """Bring weights and a network together.
 
@@ -65,6 +68,7 @@ def fit(
         wanted: path -> shape of every parameter and statistic of the network.
         where: the file's name, for messages.
         starts_anew: pattern of paths that keep their initial values, whatever the file has.
+        likely_cause: what is known beforehand to differ, for the message.
 
     Raises:
         MisfitError: listing every key that is missing, unknown, of another shape or without good values,
@@ -90,6 +94,7 @@ def fit(
     if faults != _Faults():
         shapes = {path: array.shape for path, array in weights.arrays.items()}
         causes = [*_causes_in_backbone(shapes, wanted)] or [*_causes(faults)]
+        causes += [likely_cause] if likely_cause else []
         lines = [*_lines(faults), *(f"likely cause: {cause}" for cause in causes)]
         raise MisfitError("\n  ".join([f"{where} does not fit:", *lines]))
     unused = [weights.keys[path] for path in reinitialized if path in weights.keys]

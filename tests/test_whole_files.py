@@ -1,0 +1,24 @@
+"""A kill leaves the old file or the new one."""
+
+import pytest
+
+from pspnet_jax.whole_files import write_whole
+
+BUDGET_SECONDS = 10
+
+
+def test_files_are_written_whole(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_whole(path, "text")
+    assert path.read_text() == "text"
+    write_whole(path, b"\0\1")
+    assert path.read_bytes() == b"\0\1"
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, b"new")
+    assert path.read_bytes() == b"\0\1"
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]

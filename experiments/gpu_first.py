@@ -1,6 +1,6 @@
-"""What to measure first on a GPU, in about ten minutes: where JAX loses time, and against PyTorch.
+"""What to measure first on a GPU, in a few minutes: which convolutions JAX loses time with, and against PyTorch.
 
-    python experiments/gpu_first.py --output=gpu_first [--minutes=12] [--tasks=dilated,pointwise]
+    python experiments/gpu_first.py --output=gpu_first [--minutes=4] [--tasks=dilated,pointwise]
 
 where jax, flax, optax and this package (or PYTHONPATH=.) are installed, and torch, if PyTorch is to
 be compared. `--small` runs everything on tiny shapes on the CPU in under a minute.
@@ -10,8 +10,8 @@ be compared. `--small` runs everything on tiny shapes on the CPU in under a minu
   the kernel gradient of a dilated convolution into a convolution with a window as large as the
   map: is that slow, and which form is not?
 * Part 2: 1x1 convolutions as convolutions and as matrix products, with what follows them.
-* Part 3: the whole network, forward and training step, beside `pspnet_torch.py` (eager, compiled).
-* Parts 1 and 3 run a second time with XLA's fusion of convolutions switched on.
+* Part 1 runs a second time with XLA's fusion of convolutions switched on.
+* The whole network is measured by `benchmark_gpu.py`, its kernels by `kernel_times.py`.
 
 Every task is a process of its own: XLA reads its flags once, frameworks do not share memory, and
 what fails, fails alone. A failure is a line of the report. results.json and results.md are written
@@ -39,21 +39,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from checkout import commit_of_checkout
-from flax import nnx
 
-from pspnet_jax.arrays import Batch
-from pspnet_jax.losses import LossOptions, tile_mib_of
 from pspnet_jax.models.convolution import batch_to_space, convolve, space_to_batch
-from pspnet_jax.models.families import ModelOptions
-from pspnet_jax.models.pspnet import PSPNet, is_head
-from pspnet_jax.optimizer import poly_schedule, sgd
-from pspnet_jax.resample import resize
-from pspnet_jax.train_step import create_train_state, make_train_step, split_model
 
 CONV_FUSION = "--xla_gpu_experimental_enable_conv_fusion=true"
-H200_BFLOAT16_FLOPS = 989e12  # per second, dense, by the data sheet
-# Multiply-accumulates of PSPNet-50 with 150 classes, per image of 473 x 473.
-FORWARD_MACS, AUX_MACS = 161.9e9, 8.6e9
 LARGEST_DIFFERENCE = 1e-4  # between forms of the kernel gradient, relative, float32
 
 
@@ -63,17 +52,11 @@ class Sizes:
 
     batch: int
     side: int
-    """Of the feature maps of parts 1 and 2."""
+    """Of the feature maps."""
     dilated: tuple[tuple[int, int], ...]
     """(channels, dilation)."""
     pointwise: tuple[tuple[int, int], ...]
     """(input, output channels)."""
-    backbone: str
-    width: int
-    crop: int
-    num_classes: int
-    forward_batches: tuple[int, ...]
-    step_batches: tuple[int, ...]
     repetitions: int
     group_seconds: float
     """Calls are timed in groups that last about this long."""
@@ -84,12 +67,6 @@ FULL = Sizes(
     side=60,
     dilated=((256, 2), (512, 4)),
     pointwise=((1024, 256), (256, 1024)),
-    backbone="resnet50",
-    width=64,
-    crop=473,
-    num_classes=150,
-    forward_batches=(1, 16),
-    step_batches=(16, 32),
     repetitions=7,
     group_seconds=0.03,
 )
@@ -98,12 +75,6 @@ SMALL = Sizes(
     side=12,
     dilated=((4, 2),),
     pointwise=((16, 4),),
-    backbone="resnet10",
-    width=4,
-    crop=33,
-    num_classes=5,
-    forward_batches=(1,),
-    step_batches=(2,),
     repetitions=2,
     group_seconds=0.0,
 )
@@ -173,6 +144,17 @@ def kernel_gradient_split(x: jax.Array, g: jax.Array, dilation: int) -> jax.Arra
     return kernel_gradient_default(space_to_batch(x, dilation), space_to_batch(g, dilation), 1)
 
 
+def convolve_as_on_gpus(x: jax.Array, kernel: jax.Array, dilation: int) -> jax.Array:
+    """In the forms that this package takes there, whatever this runs on."""
+    return convolve(x, kernel, dilation=dilation, platform="gpu")
+
+
+def kernel_gradient_of_package(x: jax.Array, g: jax.Array, dilation: int) -> jax.Array:
+    """What autodiff makes of that."""
+    kernel = jnp.zeros((3, 3, x.shape[-1], g.shape[-1]), x.dtype)
+    return jax.vjp(lambda kernel: convolve_as_on_gpus(x, kernel, dilation), kernel)[1](g)[0]
+
+
 def kernel_gradient_products(x: jax.Array, g: jax.Array, dilation: int) -> jax.Array:
     """One matrix product of shifted input and output gradient for each of the nine taps."""
     height, width = g.shape[1:3]
@@ -188,22 +170,22 @@ def kernel_gradient_products(x: jax.Array, g: jax.Array, dilation: int) -> jax.A
     return taps.astype(x.dtype)
 
 
-def with_kernel_gradient(gradient: Callable) -> Callable:
-    """A dilated convolution (x, kernel, dilation) -> y whose kernel gradient is computed so."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def convolve_with_products(x: jax.Array, kernel: jax.Array, dilation: int) -> jax.Array:
+    """A dilated convolution whose kernel gradient is `kernel_gradient_products`."""
+    return convolve(x, kernel, dilation=dilation)
 
-    @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-    def convolution(x, kernel, dilation):
-        return convolve(x, kernel, dilation=dilation)
 
-    def forward(x, kernel, dilation):
-        return convolution(x, kernel, dilation), (x, kernel)
+def _forward(x: jax.Array, kernel: jax.Array, dilation: int):
+    return convolve_with_products(x, kernel, dilation), (x, kernel)
 
-    def backward(dilation, saved, g):
-        x, kernel = saved
-        return input_gradient(x, kernel, g, dilation), gradient(x, g, dilation)
 
-    convolution.defvjp(forward, backward)
-    return convolution
+def _backward(dilation: int, saved: tuple[jax.Array, jax.Array], g: jax.Array):
+    x, kernel = saved
+    return input_gradient(x, kernel, g, dilation), kernel_gradient_products(x, g, dilation)
+
+
+convolve_with_products.defvjp(_forward, _backward)
 
 
 def input_gradient(x: jax.Array, kernel: jax.Array, g: jax.Array, dilation: int) -> jax.Array:
@@ -211,22 +193,15 @@ def input_gradient(x: jax.Array, kernel: jax.Array, g: jax.Array, dilation: int)
     return jax.vjp(lambda x: convolve(x, kernel, dilation=dilation), x)[1](g)[0]
 
 
-def kernel_gradient_custom(x: jax.Array, g: jax.Array, dilation: int) -> jax.Array:
-    """What autodiff makes of the convolution with a custom gradient."""
-    kernel = jnp.zeros((3, 3, x.shape[-1], g.shape[-1]), x.dtype)
-    convolution = with_kernel_gradient(kernel_gradient_split)
-    return jax.vjp(lambda kernel: convolution(x, kernel, dilation), kernel)[1](g)[0]
-
-
-DEFAULT, CUSTOM, STAGE, PRODUCTS = (
+DEFAULT, OURS, STAGE, PRODUCTS = (
     "default",
-    "custom gradient, operands split",
+    "ours: operands split",
     "stage split once",
     "nine matrix products",
 )
 KERNEL_GRADIENTS = {
     DEFAULT: kernel_gradient_default,
-    CUSTOM: kernel_gradient_custom,
+    OURS: kernel_gradient_of_package,
     STAGE: kernel_gradient_split,  # checked with the splitting, timed without it
     PRODUCTS: kernel_gradient_products,
 }
@@ -251,10 +226,10 @@ def refuse_wrong_form(form: str, *, side: int, dilation: int) -> None:
 def three_convolutions(form: str, x: jax.Array, kernels: list[jax.Array], dilation: int):
     """Three dilated convolutions with ReLU, with one form of the kernel gradient."""
     convolution = {
-        DEFAULT: with_kernel_gradient(kernel_gradient_default),
-        CUSTOM: with_kernel_gradient(kernel_gradient_split),
+        DEFAULT: lambda x, kernel, dilation: convolve(x, kernel, dilation=dilation),
+        OURS: convolve_as_on_gpus,
         STAGE: lambda x, kernel, dilation: convolve(x, kernel),
-        PRODUCTS: with_kernel_gradient(kernel_gradient_products),
+        PRODUCTS: convolve_with_products,
     }[form]
     size = x.shape[1:3]
     x = space_to_batch(x, dilation) if form == STAGE else x
@@ -361,6 +336,20 @@ def refuse_wrong_stage(form: str, *, side: int, dilation: int) -> None:
         raise ValueError(f"not timed: differs from the default by {worst:.1e}")
 
 
+def _torch_device() -> str:
+    import torch
+
+    on_gpu = torch.cuda.is_available() and os.environ.get("JAX_PLATFORMS") != "cpu"
+    return "cuda" if on_gpu else "cpu"
+
+
+def _wait_torch(result: object) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 # Part 2: 1x1 convolutions
 
 
@@ -404,202 +393,6 @@ def measure_pointwise(sizes: Sizes) -> None:
                     row.update(seconds=seconds, flops=3 * flops)
 
 
-# Part 3: the whole network
-
-
-def random_batch(sizes: Sizes, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images u8[batch, height, width, 3] and labels u8[batch, height, width], some ignored."""
-    rng, shape = np.random.default_rng(0), (batch_size, sizes.crop, sizes.crop)
-    images = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
-    labels = rng.integers(0, sizes.num_classes, shape, dtype=np.uint8)
-    return images, np.where(rng.random(shape) < 0.1, np.uint8(255), labels)
-
-
-def make_model(sizes: Sizes, *, is_plain: bool) -> PSPNet:
-    """The authors' network in bfloat16, in the forms of this device or the plain ones."""
-    given = {"family": "semseg", "backbone": sizes.backbone, "width": sizes.width}
-    given |= {"dtype": "bfloat16", "remat": False, "frozen_norm": False}
-    options = ModelOptions.resolve(dict.fromkeys(ModelOptions.__dataclass_fields__) | given)
-    platform = None if is_plain else jax.default_backend()
-    return PSPNet(options, sizes.num_classes, rng=np.random.default_rng(0), platform=platform)
-
-
-def measure_network(sizes: Sizes, column: str, *, is_plain: bool = False) -> None:
-    """Rows of part 3 by JAX, from small to large: the peak of memory is that of the process."""
-    make = functools.partial(make_model, sizes, is_plain=is_plain)
-    for batch_size in sizes.forward_batches:
-        with recorded(3, f"forward, batch {batch_size}", column) as row:
-            row.update(images=batch_size, **_forward_of_jax(make(), sizes, batch_size))
-    for batch_size in sizes.step_batches:
-        with recorded(3, f"training step, batch {batch_size}", column) as row:
-            row.update(images=batch_size, **_step_of_jax(make(), sizes, batch_size))
-
-
-def _forward_of_jax(model: PSPNet, sizes: Sizes, batch_size: int) -> dict[str, object]:
-    """Normalized images -> logits at image size."""
-    graphdef, params, batch_stats = split_model(model)
-    images = random_array((batch_size, sizes.crop, sizes.crop, 3), jnp.float32)
-
-    def forward(params, batch_stats, images):
-        outputs = nnx.merge(graphdef, params, batch_stats)(images, train=False)
-        return resize(outputs.logits, images.shape[1:3], align_corners=True)
-
-    compiled, compilation = _compile_jax(jax.jit(forward), params, batch_stats, images)
-    call = functools.partial(compiled, params, batch_stats, images)
-    seconds = seconds_per_call(call, jax.block_until_ready, sizes)
-    return {"seconds": seconds, **compilation, **_peak_of_jax()}
-
-
-def _step_of_jax(model: PSPNet, sizes: Sizes, batch_size: int) -> dict[str, object]:
-    """8-bit images and labels -> the next state: both losses, all gradients, SGD."""
-    schedule = poly_schedule(0.01, power=0.9, num_steps=100_000)
-    optimizer = sgd(
-        schedule, momentum=0.9, weight_decay=1e-4, head_multiplier=10.0, is_head=is_head
-    )
-    loss = LossOptions(aux_weight=0.4, tile_mib=tile_mib_of(jax.default_backend()))
-    step = make_train_step(model, optimizer, schedule, loss=loss, seed=0)
-    state = create_train_state(model, optimizer)
-    images, labels = random_batch(sizes, batch_size)
-    index, valid = np.arange(batch_size, dtype=np.int32), np.ones(batch_size, bool)
-    batch = jax.device_put(Batch(images, labels, index, valid))
-    compiled, compilation = _compile_jax(jax.jit(step, donate_argnums=0), state, batch)
-
-    def call():
-        nonlocal state
-        state, metrics = compiled(state, batch)
-        return metrics
-
-    seconds = seconds_per_call(call, jax.block_until_ready, sizes)
-    skipped = {"skipped_steps": int(state.skipped_steps)}  # above 0 something is wrong
-    return {"seconds": seconds, **compilation, **_peak_of_jax(), **skipped}
-
-
-def _compile_jax(function: Callable, *arguments: object) -> tuple[Callable, dict[str, object]]:
-    start = time.perf_counter()
-    compiled = function.lower(*arguments).compile()
-    values: dict[str, object] = {"compile_seconds": time.perf_counter() - start}
-    plan = compiled.memory_analysis()
-    if plan is not None:
-        needed = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
-        values["planned_bytes"] = needed - plan.alias_size_in_bytes
-    return compiled, values
-
-
-def _peak_of_jax() -> dict[str, object]:
-    statistics_of_device = jax.local_devices()[0].memory_stats() or {}
-    return {"peak_bytes": statistics_of_device.get("peak_bytes_in_use")}
-
-
-def measure_network_torch(sizes: Sizes) -> None:
-    """Rows of part 3 by PyTorch, eager and, on CUDA, compiled."""
-    import torch
-
-    torch.backends.cudnn.benchmark = True
-    measured = {"forward": sizes.forward_batches, "training step": sizes.step_batches}
-    make_call = {"forward": _forward_of_torch, "training step": _step_of_torch}
-    for column in ("PyTorch eager", "PyTorch compiled"):
-        for operation, batch_sizes in measured.items():
-            for batch_size in batch_sizes:
-                with recorded(3, f"{operation}, batch {batch_size}", column) as row:
-                    is_compiled = column == "PyTorch compiled"
-                    if is_compiled and _torch_device() == "cpu":
-                        raise RuntimeError("compiled on CUDA only")
-                    call = make_call[operation](sizes, batch_size, is_compiled=is_compiled)
-                    row.update(images=batch_size, **_measure_torch(call, sizes))
-
-
-def _measure_torch(call: Callable[[], object], sizes: Sizes) -> dict[str, object]:
-    import torch
-
-    is_cuda = _torch_device() == "cuda"
-    if is_cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    _wait_torch(call())
-    first_call = time.perf_counter() - start
-    seconds = seconds_per_call(call, _wait_torch, sizes)
-    peak = torch.cuda.max_memory_allocated() if is_cuda else None
-    return {"seconds": seconds, "compile_seconds": first_call - seconds, "peak_bytes": peak}
-
-
-def _model_of_torch(sizes: Sizes):
-    import pspnet_torch
-    import torch
-
-    model = pspnet_torch.PSPNet(sizes.backbone, sizes.num_classes, width=sizes.width)
-    return model.to(_torch_device(), memory_format=torch.channels_last)
-
-
-def _compile_torch(function: Callable, *, is_compiled: bool) -> Callable:
-    import torch
-
-    if not is_compiled:
-        return function
-    torch.compiler.reset()  # else a second batch size would be compiled for any batch size
-    return torch.compile(function, dynamic=False)
-
-
-def _forward_of_torch(sizes: Sizes, batch_size: int, *, is_compiled: bool) -> Callable[[], object]:
-    import torch
-
-    device = _torch_device()
-    model = _model_of_torch(sizes).eval()
-    images = torch.randn((batch_size, 3, sizes.crop, sizes.crop), device=device)
-    images = images.to(memory_format=torch.channels_last)
-    run = _compile_torch(model, is_compiled=is_compiled)
-
-    def call():
-        with torch.inference_mode(), torch.autocast(device, torch.bfloat16):
-            return run(images)[0]
-
-    return call
-
-
-def _step_of_torch(sizes: Sizes, batch_size: int, *, is_compiled: bool) -> Callable[[], object]:
-    import pspnet_torch
-    import torch
-
-    device = _torch_device()
-    model = _model_of_torch(sizes).train()
-    optimizer = pspnet_torch.make_sgd(model)
-    images, labels = (torch.from_numpy(a).to(device) for a in random_batch(sizes, batch_size))
-    labels, steps_done = labels.long(), 0
-
-    def loss_of(images, labels):
-        with torch.autocast(device, torch.bfloat16):
-            outputs = model(pspnet_torch.normalize(images))
-            return pspnet_torch.segmentation_loss(*outputs, labels)[0]
-
-    run = _compile_torch(loss_of, is_compiled=is_compiled)
-
-    def call():
-        nonlocal steps_done
-        pspnet_torch.set_poly_learning_rate(optimizer, steps_done, num_steps=100_000)
-        loss = run(images, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        steps_done += 1
-        return loss
-
-    return call
-
-
-def _torch_device() -> str:
-    import torch
-
-    on_gpu = torch.cuda.is_available() and os.environ.get("JAX_PLATFORMS") != "cpu"
-    return "cuda" if on_gpu else "cpu"
-
-
-def _wait_torch(result: object) -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 # Tasks: one process each
 
 
@@ -621,18 +414,10 @@ def _task(part: int, run: Callable, column: str, share: float, flags: str = "") 
 
 # In this order: what is not reached when the minutes are over matters least.
 TASKS = {
-    "dilated": _task(1, measure_dilated, "JAX", 0.25),
-    "dilated-torch": Task(measure_dilated_torch, 0.1, ("PyTorch",), 1, needs_torch=True),
-    "network": _task(3, measure_network, "JAX", 0.4),
-    "network-torch": Task(
-        measure_network_torch, 0.4, ("PyTorch eager", "PyTorch compiled"), 3, needs_torch=True
-    ),
-    "network-plain": _task(
-        3, functools.partial(measure_network, is_plain=True), "JAX, plain forms", 0.3
-    ),
-    "pointwise": Task(measure_pointwise, 0.2, ("convolution", "einsum"), 2),
-    "dilated-fusion": _task(1, measure_dilated, "JAX, conv fusion", 0.25, CONV_FUSION),
-    "network-fusion": _task(3, measure_network, "JAX, conv fusion", 0.4, CONV_FUSION),
+    "dilated": _task(1, measure_dilated, "JAX", 0.6),
+    "dilated-torch": Task(measure_dilated_torch, 0.25, ("PyTorch",), 1, needs_torch=True),
+    "pointwise": Task(measure_pointwise, 0.5, ("convolution", "einsum"), 2),
+    "dilated-fusion": _task(1, measure_dilated, "JAX, conv fusion", 0.6, CONV_FUSION),
 }
 
 
@@ -705,7 +490,7 @@ def columns_of(part: int) -> list[str]:
 
 
 def table(part: int, rows: list[dict], notes: dict[str, str]) -> list[str]:
-    """The Markdown table of parts 1 and 2: one line per operation, one column per way to do it."""
+    """The Markdown table of a part: one line per operation, one column per way to do it."""
     columns = columns_of(part)
     found = {(row["line"], row["column"]): row for row in rows if row["part"] == part}
     text = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
@@ -723,57 +508,10 @@ def _cell(row: dict | None, note: str) -> str:
     return f"{row['seconds'] * 1e3:.3f} ms, {row['flops'] / row['seconds'] / 1e12:.3g} TFLOP/s"
 
 
-def network_table(rows: list[dict], notes: dict[str, str], *, small: bool) -> list[str]:
-    """The Markdown table of part 3: one line per operation and framework."""
-    titles = "images/s, of PyTorch's best, ms, peak GiB, planned GiB, compile s, of 989 TFLOP/s"
-    text = ["| | by | " + titles.replace(", ", " | ") + " |", "|---" * 9 + "|"]
-    rows = [row for row in rows if row["part"] == 3]
-    for line in dict.fromkeys(row["line"] for row in rows) or [""]:
-        same = sorted((row for row in rows if row["line"] == line), key=lambda row: row["column"])
-        rates = [
-            _rate(row) for row in same if row["column"].startswith("PyTorch") and "images" in row
-        ]
-        for row in same:
-            cells = _network_cells(row, max(rates, default=None), small=small)
-            text.append(f"| {line} | {row['column']} | " + " | ".join(cells) + " |")
-        missing = set(columns_of(3)) & set(notes) - {row["column"] for row in same}
-        text += [f"| {line} | {column} | {notes[column]} |" for column in sorted(missing)]
-    return text
-
-
-def _rate(row: dict) -> float:
-    return row["images"] / row["seconds"]
-
-
-def _network_cells(row: dict, best_of_torch: float | None, *, small: bool) -> list[str]:
-    if "error" in row:
-        return [row["error"].replace("|", "/"), *[""] * 6]
-    rate = _rate(row)
-    macs = FORWARD_MACS if row["line"].startswith("forward") else 3 * (FORWARD_MACS + AUX_MACS)
-    is_known = not small and "H200" in row.get("device", "")
-    share = 2 * macs * rate / H200_BFLOAT16_FLOPS
-
-    def gibibytes(key: str) -> str:
-        return "" if row.get(key) is None else f"{row[key] / 2**30:.2f}"
-
-    return [
-        f"{rate:.1f}",
-        f"{rate / best_of_torch:.2f}" if best_of_torch else "",
-        f"{row['seconds'] * 1e3:.2f}",
-        gibibytes("peak_bytes"),
-        gibibytes("planned_bytes"),
-        f"{row['compile_seconds']:.1f}",
-        f"{share:.1%}" if is_known else "",
-    ]
-
-
 EXPLANATIONS = {
     1: "3x3 convolutions of the dilated stages. 'stage split once' takes operands that are split"
     " already; 'three in a row' counts the splitting. bfloat16; medians.",
     2: "1x1 convolutions as convolutions and as matrix products. bfloat16; medians.",
-    3: "PSPNet: forward = normalized images to logits at image size; training step = 8-bit images"
-    " to the next state. Peak = of the device's allocator (JAX: of the process so far, lines in"
-    " ascending order); planned = by XLA's compiler; compile = PyTorch's first call less one call.",
 }
 
 
@@ -792,8 +530,7 @@ def write_report(output: Path, report: dict) -> None:
         "",
     ]
     for part, explanation in EXPLANATIONS.items():
-        made = network_table(rows, notes, small=small) if part == 3 else table(part, rows, notes)
-        text += [f"## Part {part}", "", explanation, "", *made, ""]
+        text += [f"## Part {part}", "", explanation, "", *table(part, rows, notes), ""]
     (output / "results.md").write_text("\n".join(text))
 
 
@@ -844,7 +581,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("gpu_first"), help="folder")
-    parser.add_argument("--minutes", type=float, default=12, help="at most, all together")
+    parser.add_argument("--minutes", type=float, default=4, help="at most, all together")
     parser.add_argument("--small", action="store_true", help="tiny shapes, on the CPU")
     parser.add_argument("--tasks", default=",".join(TASKS), help="in this order; default: all")
     parser.add_argument("--task", choices=TASKS, help=argparse.SUPPRESS)

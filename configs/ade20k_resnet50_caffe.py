@@ -36,4 +36,5 @@ def get_config():
 
     config.train.num_steps = 150_000
     config.evaluate.protocol = "caffe"
+    config.evaluate.batch_size = 2  # windows; an image of 512 x 384 has two
     return config

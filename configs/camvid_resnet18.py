@@ -2,8 +2,8 @@
 
     python -m pspnet_jax.main --config=configs/camvid_resnet18.py --config.data.root=DIR
 
-This is a budget, not a limit: published from-scratch figures come from 500 to 1000 epochs (15 to 45 thousand
-steps at batch 8 to 16), e.g. with
+This is a budget, not a limit: published from-scratch figures come from 500 to 1000 epochs (11 to 46
+thousand steps at batch 8 to 16), e.g. with
 
     --config.train.num_steps=30000 --config.train.evaluate_every_steps=1000 --config.data.crop_size=353,353
     --config.augment.scale_min=0.5 --config.augment.scale_max=2.0

@@ -1,6 +1,6 @@
 """The variant with image-level supervision (Lextal/pspnet-pytorch), ResNet-34, on any data set here.
 
-    python -m pspnet_jax.main --config=configs/lextal_resnet34.py --config.data.root=DIR
+    python -m pspnet_jax.main --config=configs/lextal_resnet34.py --config.data.root=DIR \
         [--config.data.layout=... --config.data.labels=... --config.data.train_split=... --config.data.val_split=...]
 
 Beside the pixels it learns which classes are somewhere in the image (weight 1), and its head doubles the map three

@@ -27,9 +27,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import config_file
 from checkout import commit_of_checkout
 
+from pspnet_jax.config import load as load_config
 from pspnet_jax.models.resnet import DEPTHS
 
 NO_PYRAMID = {"model.pyramid_bins": "()"}
@@ -123,7 +123,7 @@ class Sweep:
 
     def folder(self, row: Row, seed: int) -> Path:
         """Of a row's run, named by what differs from what all runs share."""
-        flat = config_file.load(self.config)
+        flat = load_config(self.config)
         changes = {}
         for name, value in row.changes.items():
             section, option = name.split(".")
@@ -216,7 +216,9 @@ def _spread(values: Sequence[float]) -> str:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder of runs and results")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/ablations"), help="folder of runs and results"
+    )
     parser.add_argument("--config", default="configs/scenes.py")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--tables", default="1,2,3,4", help="comma-separated")
@@ -230,7 +232,7 @@ def main() -> None:
     _check(parser, arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     shared = dict(text.split("=", 1) for text in arguments.set)
-    steps = arguments.num_steps or config_file.load(arguments.config).train.num_steps
+    steps = arguments.num_steps or load_config(arguments.config).train.num_steps
     shared.setdefault("train.num_steps", str(steps))
     shared.setdefault("train.evaluate_every_steps", shared["train.num_steps"])
     sweep = Sweep(arguments.output, arguments.config, shared, arguments.scales, arguments.base_size)
@@ -242,7 +244,7 @@ def main() -> None:
 
 def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """What would fail in every run is said before the first."""
-    flat = config_file.load(arguments.config)
+    flat = load_config(arguments.config)
     options = {
         f"{section}.{name}"
         for section, part in flat.items()

@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -97,19 +96,9 @@ def _jaxpr_macs(jaxpr: core.Jaxpr) -> int:
             features = params["dimension_numbers"].rhs_spec[0]
             total += out * math.prod(kernel) // kernel[features]
         else:
-            inner = sum(map(_jaxpr_macs, _jaxprs_within(params)))
+            inner = sum(map(_jaxpr_macs, core.jaxprs_in_params(params)))
             total += inner * (params["length"] if equation.primitive.name == "scan" else 1)
     return total
-
-
-def _jaxprs_within(params: Mapping[str, Any]) -> Iterator[core.Jaxpr]:
-    for value in jax.tree.leaves(
-        list(params.values()), is_leaf=lambda x: isinstance(x, core.Jaxpr | core.ClosedJaxpr)
-    ):
-        if isinstance(value, core.ClosedJaxpr):
-            yield value.jaxpr
-        elif isinstance(value, core.Jaxpr):
-            yield value
 
 
 # Collectives

@@ -63,8 +63,7 @@ def random_model(backbone: str, width: int) -> StoredModel:
     network = PSPNet(options, label_set.num_classes, rng=np.random.default_rng(0))
     _, params, batch_stats = jax.tree.map(np.asarray, split_model(network))
     description = Description(options, label_set, IMAGENET_8BIT, choose("whole", label_set))
-    part = {"params": params, "batch_stats": batch_stats, "description": description.to_json()}
-    return StoredModel(description, part, 0, "")
+    return StoredModel(description, model_part(description, params, batch_stats), 0, "")
 
 
 def compare(model: StoredModel, exported: jax.export.Exported, side: int, repeats: int) -> dict:

@@ -32,7 +32,7 @@ from pspnet_jax.segmenter import Provenance, Segmenter
 from pspnet_jax.stored_model import Description
 from pspnet_jax.train_step import TrainState, create_train_state, make_train_step, split_model
 
-OURS, PLAIN = "ours", "ours, plain"
+PLAIN = "ours, plain"
 
 
 def prepare(task: Task) -> Prepared:

@@ -167,7 +167,7 @@ def options_of(case: Case) -> ModelOptions:
     """The authors' network in bfloat16."""
     given = {"family": "semseg", "backbone": case.backbone, "width": case.width}
     given |= {"dtype": "bfloat16", "remat": case.remat, "frozen_norm": False}
-    return ModelOptions.resolve(dict.fromkeys(ModelOptions.__dataclass_fields__) | given)
+    return ModelOptions.resolve(given)
 
 
 def step_of(case: Case) -> tuple[Callable, tuple]:

@@ -15,7 +15,6 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -66,11 +65,6 @@ def choose(files: list[Path], rng: random.Random) -> Path:
     if rng.random() < 0.5:
         return rng.choice(files)
     return rng.choices(files, [path.stat().st_size for path in files])[0]
-
-
-def values_of(run: Run) -> dict[int, Mapping[str, str]]:
-    """Step -> digests of its parts."""
-    return {step: run.checkpoints.record(step).digests for step in run.checkpoints.steps()}
 
 
 def resume(run: Run, workdir: Path) -> tuple[int, list[np.ndarray]]:
@@ -142,7 +136,7 @@ def run_all(arguments: argparse.Namespace) -> int:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=Path("runs/flipped_bytes"))
     parser.add_argument("--flips", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     sys.exit(min(run_all(parser.parse_args()), 1))

@@ -27,6 +27,8 @@ import numpy as np
 from checkout import commit_of_checkout
 
 GOLDENS = Path(__file__).parent.parent / "tests" / "goldens"
+# What the command line turns into a sentence; `DataError` and the like are ValueErrors.
+NAMED_ERRORS = (ValueError, OSError)
 SECONDS = 10  # for one input
 MOST_BYTES = 2**30  # that a process may grow by
 INPUTS_PER_PROCESS = 250
@@ -275,11 +277,6 @@ def caffe_files(kernel: np.ndarray) -> list[bytes]:
     return [whole, b"\x0a\x03net" + first]
 
 
-def named_errors() -> tuple[type[BaseException], ...]:
-    """What the command line turns into a sentence; `DataError` and the like are ValueErrors."""
-    return (ValueError, OSError)
-
-
 def try_inputs(name: str, first: int, count: int, seed: int, folder: Path) -> None:
     """One process's inputs; writes its outcomes to a file, and the number of the input at hand."""
     target, files = seeds()[name]
@@ -297,7 +294,7 @@ def try_inputs(name: str, first: int, count: int, seed: int, folder: Path) -> No
         try:
             target(content, rng, folder)
             outcomes["result"] += 1
-        except named_errors() as error:
+        except NAMED_ERRORS as error:
             outcomes["named error"] += 1
             if not str(error).strip():
                 faults.append(f"{name} {number}: {type(error).__name__} without a message")
@@ -346,7 +343,7 @@ def fuzz(name: str, count: int, seed: int) -> tuple[Counter, list[str]]:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=Path("runs/fuzz"))
     parser.add_argument("--inputs", type=int, default=20_000, help="over all targets")
     parser.add_argument("--targets", default="", help="names separated by commas (default: all)")
     parser.add_argument("--seed", type=int, default=0)

@@ -14,12 +14,12 @@ import argparse
 import json
 from pathlib import Path
 
-import config_file
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from pspnet_jax.catalog import load_label_set
+from pspnet_jax.config import load as load_config
 from pspnet_jax.train import train
 
 NETWORKS = {
@@ -35,7 +35,7 @@ COLUMNS = ("mean_iou", "pixel_accuracy", "presence_loss", "presence_accuracy")
 
 def make_config(arguments: argparse.Namespace, network: str, seed: int) -> ConfigDict:
     """The config of one run."""
-    config = config_file.load(arguments.config)
+    config = load_config(arguments.config)
     family, presence_weight = NETWORKS[network]
     config.name = f"{network}_{seed}"
     config.seed = seed

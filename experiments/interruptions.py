@@ -129,7 +129,7 @@ class Process:
         return code
 
     def open_files(self) -> int:
-        """Number of file descriptors of the process and its memory in bytes."""
+        """Number of file descriptors of the process."""
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
     def resident_bytes(self) -> int:
@@ -337,7 +337,7 @@ def main() -> None:
         folder, way, event = sys.argv[1].removeprefix("--child=").rsplit(",", 2)
         child(folder, way, int(event), sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=Path("runs/interruptions"))
     parser.add_argument("--interruptions", type=int, default=200)
     parser.add_argument("--minutes", type=float, default=0, help="instead of a number")
     parser.add_argument("--ways", default="kill,event")

@@ -19,8 +19,6 @@ import torch.nn.functional as F  # noqa: N812
 from pspnet_torch import DEPTHS, IGNORE_LABEL, fill, flatten, stretch
 from torch import Tensor, nn
 
-BACKBONES = (*(name for name in DEPTHS if name != "resnet10"), "squeezenet", "densenet121")
-
 
 class ResNet(nn.Module):
     """Stages 3 and 4 keep their size and are dilated by 2 and 4, but for the first block of each."""
@@ -210,7 +208,7 @@ class PSPNet(nn.Module):
     """The variant: pyramid without reduction, progressive upsampling, and which classes are present.
 
     Args:
-        backbone: one of `BACKBONES`.
+        backbone: a ResNet of `DEPTHS` but resnet10, squeezenet or densenet121.
         dropout_rates: of the fused map, and after each of the three blocks.
     """
 
@@ -307,7 +305,7 @@ def torch_key(path: str, backbone: str, bins: tuple[int, ...]) -> str:
 
     Args:
         path: dotted, e.g. 'backbone.layer3_0.shortcut.norm.scale' or 'head.up1.activation.slope'.
-        backbone: one of `BACKBONES`; the three kinds name their blocks differently.
+        backbone: a ResNet of `DEPTHS` but resnet10, squeezenet or densenet121; the three kinds name their blocks differently.
         bins: of the pyramid; a level's place among them is its index in the state_dict.
 
     Raises:

@@ -99,7 +99,6 @@ class PSPNet(nn.Module):
 
     Args:
         backbone: a key of `DEPTHS`.
-        first_block_dilation: of the first block of stages 3 and 4 (the others: 2 and 4).
         stem: 'deep' or '7x7'.
     """
 
@@ -110,7 +109,6 @@ class PSPNet(nn.Module):
         *,
         width: int = 64,
         stem: str = "deep",
-        first_block_dilation: tuple[int, int] = (2, 4),
         bins: tuple[int, ...] = (1, 2, 3, 6),
         dropout_rate: float = 0.1,
     ):
@@ -119,7 +117,7 @@ class PSPNet(nn.Module):
         channels = 2 * width if stem == "deep" else width
         self.layer0 = make_deep_stem(width) if stem == "deep" else make_plain_stem(width)
         strides, dilations = (1, 2, 1, 1), (1, 1, 2, 4)
-        firsts = (1, 1, *first_block_dilation)
+        firsts = (1, 1, 2, 4)
         for i in range(4):
             planes = width * 2**i
             rates = [(strides[i], firsts[i])] + [(1, dilations[i])] * (num_blocks[i] - 1)

@@ -12,12 +12,12 @@ import itertools
 import json
 from pathlib import Path
 
-import config_file
 import jax
 import numpy as np
 
 import pspnet_jax
 from pspnet_jax.catalog import load_label_set
+from pspnet_jax.config import load as load_config
 from pspnet_jax.data.scenes import SPLITS, render
 from pspnet_jax.metrics import confusion_matrix, group_iou, scores
 from pspnet_jax.train import train
@@ -30,7 +30,7 @@ AMBIGUOUS = [i for i, group in enumerate(LABEL_SET.groups) if group]
 def trained(folder: Path, network: str, seed: int, num_steps: int | None) -> pspnet_jax.Segmenter:
     """The network of one run, trained or resumed, at its last step."""
     path = Path(__file__).parent.parent / "configs" / "scenes.py"
-    config = config_file.load(path)
+    config = load_config(path)
     config.seed = seed
     config.model.pyramid_bins = NETWORKS[network]
     config.train.num_steps = num_steps or config.train.num_steps

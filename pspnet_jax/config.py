@@ -7,9 +7,11 @@
   (does this family have that backbone, does this crop fit) that module checks when it is made.
 """
 
+import importlib.util
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -308,6 +310,16 @@ def scale_to_batch(config: ConfigDict) -> str | None:
     config.train.recipe_batch_size = batch
     listed = "\n  ".join(said)
     return f"from a batch of {recipe} to one of {batch} images:\n  {listed}"
+
+
+def load(path: Path | str) -> ConfigDict:
+    """What a config file's `get_config()` returns; the file is executed, as by the command line."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path} is no Python file, as config files are")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
 
 
 def option_names() -> list[str]:

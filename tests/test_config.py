@@ -6,6 +6,7 @@ from pspnet_jax.config import (
     _CONSTRAINTS,
     default_config,
     from_json,
+    load,
     option_names,
     to_json,
     validate,
@@ -79,3 +80,14 @@ def test_a_minimum_that_cannot_be_is_refused():
     config.optimizer.schedule = "multistep"
     with pytest.raises(ValueError, match="does nothing with schedule=multistep"):
         validate(config)
+
+
+def test_config_file_is_read_as_by_the_command_line(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from pspnet_jax.config import default_config\n\n\n"
+        "def get_config():\n    config = default_config()\n    config.name = 'mine'\n    return config\n"
+    )
+    assert load(path).name == "mine"
+    with pytest.raises(ValueError, match=r"mine\.txt is no Python file"):
+        load(path.with_suffix(".txt"))

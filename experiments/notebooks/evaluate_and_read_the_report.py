@@ -42,22 +42,18 @@ else:
 sys.path.insert(0, os.getcwd())
 
 # %%
-import importlib.util
 import json
 
 import matplotlib.pyplot as plt
 
 from pspnet_jax import evaluate
+from pspnet_jax.config import load as load_config
 
 CHECKPOINT = "scenes"  # or the folder of a run or a converted model
 
-spec = importlib.util.spec_from_file_location("scenes_config", "configs/scenes.py")
-scenes_config = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(scenes_config)
-
 # %%
 folder = Path(os.environ.get("WORKDIR", "runs/notebook_evaluate"))
-report = evaluate.run(CHECKPOINT, config=scenes_config.get_config(), output=str(folder))
+report = evaluate.run(CHECKPOINT, config=load_config("configs/scenes.py"), output=str(folder))
 print(
     f"mean IoU {report['mean_iou']:.4f}, mean accuracy {report['mean_accuracy']:.4f}, pixel accuracy {report['pixel_accuracy']:.4f}"
 )

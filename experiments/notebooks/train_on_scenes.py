@@ -93,15 +93,10 @@ for swapped in (False, True):
 # environment, so that the tests can run this notebook in seconds.
 
 # %%
-import importlib.util
-
+from pspnet_jax.config import load as load_config
 from pspnet_jax.train import train
 
-spec = importlib.util.spec_from_file_location("scenes_config", "configs/scenes.py")
-scenes_config = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(scenes_config)
-
-config = scenes_config.get_config()
+config = load_config("configs/scenes.py")
 config.train.num_steps = int(os.environ.get("NUM_STEPS", config.train.num_steps))
 config.train.global_batch_size = max(config.train.global_batch_size, jax.device_count())
 workdir = Path(os.environ.get("WORKDIR", "runs/notebook_scenes"))

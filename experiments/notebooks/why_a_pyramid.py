@@ -44,7 +44,6 @@ sys.path.insert(0, os.getcwd())
 
 # %%
 import functools
-import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +54,7 @@ from flax import nnx
 import pspnet_jax
 from pspnet_jax import passes, stored_model
 from pspnet_jax.config import default_config
+from pspnet_jax.config import load as load_config
 from pspnet_jax.data.scenes import SPLITS, render
 from pspnet_jax.models.families import ModelOptions
 from pspnet_jax.models.pspnet import PSPNet
@@ -156,11 +156,7 @@ plt.show()
 # and put beside the shipped one; both saw pictures of the same kind.
 
 # %%
-spec = importlib.util.spec_from_file_location("scenes_config", "configs/scenes.py")
-scenes_config = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(scenes_config)
-
-config = scenes_config.get_config()
+config = load_config("configs/scenes.py")
 config.model.pyramid_bins = ()
 config.train.num_steps = int(os.environ.get("NUM_STEPS", config.train.num_steps))
 config.train.evaluate_every_steps = config.train.num_steps

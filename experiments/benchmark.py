@@ -229,7 +229,11 @@ def run_all(arguments: argparse.Namespace) -> None:
         "versions": facts["versions"],
         "settings": {name: str(value) for name, value in vars(arguments).items()},
         "agreement": {},
-        "ceiling": ceiling(launcher, dataclasses.replace(counting, platform=device), arguments),
+        "ceiling": ceiling(
+            launcher,
+            dataclasses.replace(counting, platform=device),
+            ours_only=arguments.ours_only,
+        ),
         "groups": {},
     }
     if not arguments.ours_only:
@@ -265,12 +269,12 @@ def macs_of(launcher: Launcher, task: Task) -> tuple[int, int]:
         return worker.facts["macs"], worker.facts["aux_macs"]
 
 
-def ceiling(launcher: Launcher, task: Task, arguments: argparse.Namespace) -> dict:
+def ceiling(launcher: Launcher, task: Task, *, ours_only: bool) -> dict:
     """Floating-point operations a second of large matrix products: of each side and the best."""
     found: dict = {}
     modules = {"ours": "benchmark_jax", "PyTorch": "benchmark_torch"}
     for side, module in modules.items():
-        if side == "PyTorch" and arguments.ours_only:
+        if side == "PyTorch" and ours_only:
             continue
         product = dataclasses.replace(task, module=module, column=side, what="matrix product")
         try:

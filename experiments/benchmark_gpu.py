@@ -241,7 +241,7 @@ def main() -> None:
     run.profile(found)
     if run.left() > 30:
         any_task = next(iter(found.values()))[OURS]
-        run.report["ceiling"] = ceiling(run.launcher, any_task, argparse.Namespace(ours_only=False))
+        run.report["ceiling"] = ceiling(run.launcher, any_task, ours_only=False)
         run.write()
     print((arguments.output / "results.md").read_text())
 

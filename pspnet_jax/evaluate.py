@@ -249,8 +249,9 @@ def run(
         folder, evaluation, segmenter.provenance, source, split=split, origin=origin
     )
     if jax.process_index() == 0:
-        files = [str(folder / name) for name in ("report.html", "report.md", "panels/overview.png")]
-        log.info("%s", "\n".join([summary(evaluation), *files]))
+        files = {"report": "report.html", "tables": "report.md", "picture": "panels/overview.png"}
+        lines = [f"{what}: {folder / name}" for what, name in files.items()]
+        log.info("%s", "\n".join([summary(evaluation), *lines]))
     return contents
 
 

@@ -177,7 +177,7 @@ class Run:
             split=self.config.evaluate.split,
             origin=evaluate.data_origin(self.config.data),
         )
-        message = f"{summary(result)}\n{folder / 'report.html'}"
+        message = f"{summary(result)}\nreport: {folder / 'report.html'}"
         progress.log_evaluation(step, result.scalars, message, seconds=result.seconds)
         self.checkpoints.set_score(step, result.scores.mean_iou)
 

@@ -43,7 +43,7 @@ def _run_train(values: flags.FlagValues, words: list[str]) -> None:
     if config is None:
         raise flags.ValidationError(MISSING_CONFIG)
     folder = train(config, Path(value(values, "workdir") or Path("runs") / str(config.name)))
-    print(f"report: {folder / 'report.md'}\npicture: {folder / 'panels' / 'overview.png'}")
+    print(f"tables: {folder / 'report.md'}\npicture: {folder / 'panels' / 'overview.png'}")
 
 
 def _define_evaluate(values: flags.FlagValues, argv: list[str]) -> None:

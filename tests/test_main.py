@@ -52,7 +52,7 @@ def test_train_says_where_report_and_picture_are(run, data, capsys):
     assert main(["train", *argv, "--config.train.num_steps=2"]) == 0
     printed = capsys.readouterr().out
     folder = run / "evaluation" / "00000002-val-whole"
-    assert f"report: {folder / 'report.md'}" in printed
+    assert f"tables: {folder / 'report.md'}" in printed
     assert f"picture: {folder / 'panels' / 'overview.png'}" in printed
     assert (folder / "panels" / "overview.png").is_file()
 

@@ -70,6 +70,15 @@ class Batch(NamedTuple):
     """False for images that only fill up the last batch of an evaluation."""
 
 
+class BackboneFeatures(NamedTuple):
+    """What every backbone returns: feature maps of its last two stages."""
+
+    auxiliary: Features
+    """Of the last stage but one, for auxiliary heads."""
+    last: Features
+    """For the pyramid."""
+
+
 class Outputs(NamedTuple):
     """What every network of this package returns, training or not; an absent head is None.
 

@@ -80,6 +80,7 @@ def run(
     stored = stored_model.read(checkpoint, step=step)
     if format == "pspnet_jax":
         stored_model.write_file(stored, target)
+        log.info("the network of step %d, for predict and evaluate -> %s", stored.step, target)
     elif format == "safetensors":
         _write_safetensors(stored, target)
     elif format == "caffemodel":
@@ -122,6 +123,11 @@ def _write_caffemodel(stored: StoredModel, target: Path) -> None:
 def _published(stored: StoredModel, target: Path) -> dict[str, np.ndarray]:
     """Arrays under the names of the family; says what its files have no place for, or its code no option."""
     options = stored.description.model
+    if options.backbone not in DEPTHS:
+        raise ValueError(
+            f"nobody publishes PSPNets on {options.backbone} whose names could be written: --format=pspnet_jax holds "
+            "it for this package, stablehlo for others"
+        )
     table = tables.of_network(options.family, options.pyramid_bins, stem=options.stem)
     leaves = flatten(stored.part["params"]) | flatten(stored.part["batch_stats"])
     # Only training needs auxiliary heads, and not every family publishes them.

@@ -141,7 +141,7 @@ def _is_of_several() -> bool:
 
 
 def _explain(error: Exception, argv: list[str]) -> str:
-    text = str(error).strip("\"'")
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     if any(a.startswith("--config.") for a in argv) and _config_file(argv) is None:
         return MISSING_CONFIG
     for name in re.findall(r"--config\.([\w.]+)", " ".join(argv)):

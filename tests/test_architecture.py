@@ -89,6 +89,7 @@ FOLDERS = {
         "resnet",
         "densenet",
         "squeezenet",
+        "backbones",
         "pyramid",
         "families",
         "pspnet",
@@ -153,6 +154,8 @@ def may_import(importer: str, imported: str) -> bool:
     folder = folder_of(importer)
     if folder is not None and folder == folder_of(imported):
         order = FOLDERS[folder]
+        for module in (importer, imported):
+            assert module.split("/")[1] in order, f"{module} has no place in FOLDERS: add it there"
         return order.index(importer.split("/")[1]) > order.index(imported.split("/")[1])
     if a[0] == 1 and b[0] == 0:
         return imported in FOUNDATIONS

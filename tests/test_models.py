@@ -583,7 +583,10 @@ def test_size_rule_names_the_nearest_sizes():
         ({"head": "progressive", "output_stride": 16}, "needs output_stride=8, not 16"),
         ({"aux_heads": ("pixels",)}, "aux_heads='pixels' is not one of pixel, presence"),
         ({"backbone": "densenet121", "stem": "deep"}, "not possible with backbone=densenet121"),
-        ({"backbone": "squeezenet", "output_stride": 16}, "which has 8: leave it out"),
+        (
+            {"backbone": "squeezenet", "output_stride": 16},
+            "which needs --config.model.output_stride=8",
+        ),
         ({"dtype": "float16"}, "dtype='float16'"),
     ],
 )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from pspnet_jax.arrays import Features
+from pspnet_jax.arrays import BackboneFeatures, Features
 from pspnet_jax.models.layers import (
     HE_FAN_OUT,
     BatchNorm,
@@ -26,7 +26,7 @@ from pspnet_jax.models.layers import (
     conv_norm,
     run,
 )
-from pspnet_jax.models.resnet import BackboneFeatures, PlainStem
+from pspnet_jax.models.resnet import PlainStem
 from pspnet_jax.resample import Platform
 
 DEPTHS = {"densenet121": (6, 12, 24, 16)}

@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pspnet_jax.models import densenet, resnet, squeezenet
+from pspnet_jax.models import resnet
+from pspnet_jax.models.backbones import BACKBONES
 from pspnet_jax.models.layers import (
     DROPOUTS,
     HE_FAN_IN,
@@ -27,19 +28,6 @@ from pspnet_jax.models.layers import (
 )
 from pspnet_jax.models.pyramid import POOLS
 from pspnet_jax.resample import Pair, Size
-
-BACKBONES = (*resnet.DEPTHS, *densenet.DEPTHS, *squeezenet.VERSIONS)
-# What a backbone that is no ResNet has once and for all.
-_FIXED = {
-    "output_stride": 8,
-    "num_stages": 4,
-    "fixed_dilation": False,
-    "first_block_dilation": (1, 1),
-}
-FIXED_OPTIONS: dict[str, dict[str, Any]] = {
-    **{name: {"stem": "7x7", **_FIXED} for name in densenet.DEPTHS},
-    **{name: {"stem": "3x3", **_FIXED} for name in squeezenet.VERSIONS},
-}
 
 HEADS = {"fused": 8, "progressive": 16}
 """Head -> its hidden channels in units of the width, where it is not the family's own."""
@@ -308,7 +296,7 @@ class ModelOptions:
         family, backbone = section["family"], section["backbone"]
         _known("family", family, FAMILIES)
         _known("backbone", backbone, BACKBONES)
-        fixed, row = FIXED_OPTIONS.get(backbone, {}), FAMILIES[family]
+        fixed, row = BACKBONES[backbone].fixed, FAMILIES[family]
         of_family = {**row.options, **row.by_backbone.get(backbone, {}), **fixed}
         head = section.get("head")
         if head is not None and head != of_family["head"]:
@@ -320,11 +308,7 @@ class ModelOptions:
             if value is None:
                 value = of_family[option.name]
             values[option.name] = tuple(value) if isinstance(value, list | tuple) else value
-            if option.name in fixed and values[option.name] != fixed[option.name]:
-                raise ValueError(
-                    f"model.{option.name}={value!r} is not possible with backbone={backbone}, "
-                    f"which has {fixed[option.name]!r}: leave it out, or choose a ResNet"
-                )
+        _refuse_others(values, fixed)
         options = cls(**values)
         options._check()
         return options
@@ -396,6 +380,22 @@ def check_size(size: Pair, rule: SizeRule) -> None:
             f"a side of {wrong[0]} pixels in (height, width) = {size} must be {rule.multiple}k{remainder}, "
             f"with a whole k (nearest: {above - rule.multiple}, {above})"
         )
+
+
+def _refuse_others(values: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+    """Raise where options have other values than the one that a backbone has, with all that would be right."""
+    wrong = [name for name in fixed if values[name] != fixed[name]]
+    if wrong:
+        given = ", ".join(f"model.{name}={values[name]!r}" for name in wrong)
+        right = " ".join(f"--config.model.{name}={_as_flag(fixed[name])}" for name in wrong)
+        raise ValueError(
+            f"{given}: not possible with backbone={values['backbone']}, which needs {right} (a config file "
+            "for a ResNet may set others); or choose a ResNet"
+        )
+
+
+def _as_flag(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _known(name: str, value: object, table: Collection) -> None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pspnet_jax.arrays import Images, Outputs
-from pspnet_jax.models import densenet, resnet, squeezenet
+from pspnet_jax.models.backbones import BACKBONES, Backbone
 from pspnet_jax.models.convolution import check_platform
 from pspnet_jax.models.families import (
     AUX_HEADS,
@@ -32,14 +32,6 @@ from pspnet_jax.models.pyramid import (
     PyramidPooling,
 )
 from pspnet_jax.resample import Platform
-
-Backbone = resnet.ResNet | densenet.DenseNet | squeezenet.SqueezeNet
-
-_BACKBONE_CLASSES: dict[str, Any] = {
-    **dict.fromkeys(resnet.DEPTHS, resnet.ResNet),
-    **dict.fromkeys(densenet.DEPTHS, densenet.DenseNet),
-    **dict.fromkeys(squeezenet.VERSIONS, squeezenet.SqueezeNet),
-}
 
 
 class PSPNet(nnx.Module):
@@ -146,29 +138,17 @@ class PSPNet(nnx.Module):
 def _make_backbone(
     options: ModelOptions, *, initializer: Initializer, platform: Platform, rng: RandomNumbers
 ) -> Backbone:
-    common = functools.partial(
-        _BACKBONE_CLASSES[options.backbone],
+    kind = BACKBONES[options.backbone]
+    make: Any = kind.make
+    return make(
         options.backbone,
         width=options.width,
         remat=options.remat,
         dtype=DTYPES[options.dtype],
-        initializer=initializer,
         platform=platform,
         rng=rng,
-    )
-    if options.backbone in squeezenet.VERSIONS:  # has no norms
-        return common()
-    if options.backbone in densenet.DEPTHS:
-        return common(frozen_norm=options.frozen_norm, norm_momentum=options.norm_momentum)
-    return common(
-        frozen_norm=options.frozen_norm,
-        norm_momentum=options.norm_momentum,
-        stem=options.stem,
-        num_stages=options.num_stages,
-        output_stride=options.output_stride,
-        fixed_dilation=options.fixed_dilation,
-        first_block_dilation=options.first_block_dilation,
-        style=resnet.BlockStyle(options.bottleneck_stride, options.basic_block_dilation),
+        initializer=initializer,
+        **{name: getattr(options, name) for name in kind.takes},
     )
 
 

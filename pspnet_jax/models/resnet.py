@@ -18,7 +18,7 @@ import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
-from pspnet_jax.arrays import Features
+from pspnet_jax.arrays import BackboneFeatures, Features
 from pspnet_jax.models.layers import (
     HE_FAN_OUT,
     BatchNorm,
@@ -36,25 +36,12 @@ STEMS = {"deep": (2, 2, 4), "v1c": (1, 1, 2), "7x7": ()}
 OUTPUT_STRIDES = (8, 16, 32)
 
 
-class BackboneFeatures(NamedTuple):
-    """Feature maps of the last two stages."""
-
-    auxiliary: Features
-    """Of the last stage but one, for auxiliary heads."""
-    last: Features
-    """For the pyramid."""
-
-
 class BlockStyle(NamedTuple):
     """Where published residual blocks differ."""
 
-    bottleneck_stride: str = "3x3"
-    """Which convolution of a bottleneck has its stride: a key of `BOTTLENECK_STRIDES`."""
-    basic_block_dilation: str = "both"
-    """What of a basic block is dilated: a key of `BASIC_BLOCK_DILATIONS`."""
+    bottleneck_stride: str
+    basic_block_dilation: str
 
-
-PLAIN_STYLE = BlockStyle()
 
 # Each: stride of the block -> those of its 1x1 and its 3x3 convolution.
 BOTTLENECK_STRIDES: dict[str, Callable[[int], Pair]] = {
@@ -212,7 +199,8 @@ class ResNet(nnx.Module):
         output_stride: 8, 16 or 32 image pixels per feature pixel.
         fixed_dilation: the stages dilate as at stride 8, whatever the stride.
         first_block_dilation: dilation of the first block of stages 3 and 4 at stride 8.
-        style: of the blocks.
+        bottleneck_stride: which convolution of a bottleneck has its stride, a key of `BOTTLENECK_STRIDES`.
+        basic_block_dilation: what of a basic block is dilated, a key of `BASIC_BLOCK_DILATIONS`.
         frozen_norm: batch norm uses its running statistics in training.
         norm_momentum: share of the batch in its running statistics.
         remat: recompute each block in the backward pass instead of storing what its convolutions gave.
@@ -228,7 +216,8 @@ class ResNet(nnx.Module):
         output_stride: int,
         fixed_dilation: bool = False,
         first_block_dilation: tuple[int, int],
-        style: BlockStyle = PLAIN_STYLE,
+        bottleneck_stride: str = "3x3",
+        basic_block_dilation: str = "both",
         frozen_norm: bool,
         norm_momentum: float = 0.1,
         remat: bool,
@@ -264,7 +253,7 @@ class ResNet(nnx.Module):
                     planes,
                     stride=stride if i == 0 else 1,
                     dilations=(first if i == 0 else dilation, dilation),
-                    style=style,
+                    style=BlockStyle(bottleneck_stride, basic_block_dilation),
                     conv=conv,
                     norm=norm,
                     rng=rng,

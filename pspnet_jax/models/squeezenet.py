@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from pspnet_jax.arrays import Features
+from pspnet_jax.arrays import BackboneFeatures, Features
 from pspnet_jax.models.layers import (
     HE_FAN_OUT,
     Conv,
@@ -25,7 +25,6 @@ from pspnet_jax.models.layers import (
     max_pool,
     run,
 )
-from pspnet_jax.models.resnet import BackboneFeatures
 from pspnet_jax.resample import Platform
 
 

@@ -155,7 +155,7 @@ def _causes_in_backbone(have: Mapping[str, Shape], want: Mapping[str, Shape]) ->
     ):
         yield (
             f"the file's stages have {blocks} blocks of {convs} convolutions, the network's "
-            f"{wanted_blocks} of {wanted_convs}: another depth (--config.model.backbone)"
+            f"{wanted_blocks} of {wanted_convs}: another backbone or depth (--config.model.backbone)"
         )
     stem, wanted_stem = stem_of(have), stem_of(want)
     if stem != wanted_stem:

@@ -2,7 +2,7 @@
 
     python experiments/figures.py --checkpoint=runs/camvid_resnet18 --output=experiments/pictures
 
-Writes NAME_curve.png (loss of the main head against the step) and NAME_class_maps.png (truth and prediction of
+Writes NAME_curve.png (loss of the main head and validation scores against the step) and NAME_class_maps.png (truth and prediction of
 the images that the report shows) for a run folder NAME. Needs matplotlib.
 """
 
@@ -25,15 +25,22 @@ from pspnet_jax.visualize import colorize, grid, panel
 
 
 def draw_curve(run: Path, target: Path) -> None:
-    """The loss of the main head, as logged and as a mean over nine rows."""
+    """The loss of the main head, as logged and as a mean over nine rows, and the mean IoU of each evaluation."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if "main_loss" in row]
-    steps, losses = ([row[key] for row in rows] for key in ("step", "main_loss"))
+    logged = [row for row in rows if "main_loss" in row]
+    steps, losses = ([row[key] for row in logged] for key in ("step", "main_loss"))
     smooth = [np.mean(losses[max(i - 4, 0) : i + 5]) for i in range(len(losses))]
     figure, axis = plt.subplots(figsize=(6, 3))
     axis.plot(steps, losses, color="0.8", linewidth=1)
     axis.plot(steps, smooth, color="tab:blue")
-    axis.set(xlabel="step", ylabel="loss (nats per pixel)", title=run.name)
+    axis.set(xlabel="step", title=run.name)
+    axis.set_ylabel("loss (nats per pixel)", color="tab:blue")
+    scores = [(row["step"], row[key]) for row in rows for key in row if key.endswith("/mean_iou")]
+    if scores:
+        beside = axis.twinx()
+        beside.plot(*zip(*scores, strict=True), "o-", color="tab:orange")
+        beside.set_ylim(0, 1)
+        beside.set_ylabel("mean IoU, validation", color="tab:orange")
     figure.tight_layout()
     figure.savefig(target, dpi=110)
     plt.close(figure)

@@ -22,7 +22,7 @@ from pspnet_jax.models.families import IMAGENET_8BIT, ModelOptions
 from pspnet_jax.models.pspnet import PSPNet
 from pspnet_jax.protocols import choose
 from pspnet_jax.segmenter import Provenance, Segmenter
-from pspnet_jax.stored_model import Description, StoredModel
+from pspnet_jax.stored_model import Description, StoredModel, model_part
 from pspnet_jax.train_step import split_model
 
 

@@ -20,8 +20,9 @@ import pspnet_jax
 from pspnet_jax.arrays import IGNORE_LABEL
 from pspnet_jax.config import from_json
 from pspnet_jax.evaluate import open_split
-from pspnet_jax.report import panel_indices, write_picture
-from pspnet_jax.visualize import colorize, grid, panel
+from pspnet_jax.report import panel_indices
+from pspnet_jax.visualize import colorize, encode_png, grid, panel
+from pspnet_jax.whole_files import write_whole
 
 
 def draw_curve(run: Path, target: Path) -> None:
@@ -66,7 +67,7 @@ def draw_class_maps(run: Path, target: Path, *, num_images: int) -> None:
                 palette=label_set.palette,
             )
         )
-    write_picture(target, grid(panels, columns=2))
+    write_whole(target, encode_png(grid(panels, columns=2)))
 
 
 def main() -> None:

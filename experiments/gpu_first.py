@@ -2,7 +2,7 @@
 
     python experiments/gpu_first.py --output=gpu_first [--minutes=4] [--tasks=dilated,pointwise]
 
-where jax, flax, optax and this package (or PYTHONPATH=.) are installed, and torch, if PyTorch is to
+where jax and this package (or PYTHONPATH=.) are installed, and torch, if PyTorch is to
 be compared. `--small` runs everything on tiny shapes on the CPU in under a minute.
 
 * Part 1: 3x3 convolutions of the dilated stages: forward, input gradient and kernel gradient apart,
@@ -437,9 +437,7 @@ def run_worker(name: str, sizes: Sizes) -> None:
         )
     else:
         device = jax.local_devices()[0].device_kind
-        versions = [
-            f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "optax")
-        ]
+        versions = [f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib")]
         emit("environment", "JAX", ", ".join(versions), device=device)
     task.run(sizes)
 
@@ -457,8 +455,6 @@ def run_task(
         environment["XLA_FLAGS"] += (
             " --xla_backend_optimization_level=0"  # compiles in half the time
         )
-    else:
-        environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # compile seconds are measured
     command = [sys.executable, __file__, f"--task={name}", *(["--small"] if small else [])]
     with (
         log.open("w") as errors,

@@ -92,7 +92,9 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     """Train, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", required=True, help="folder of the runs and the results")
+    parser.add_argument(
+        "--output", default="runs/image_level", help="folder of the runs and the results"
+    )
     default = Path(__file__).parent.parent / "configs/scenes.py"
     parser.add_argument("--config", default=str(default), help="data, backbone, optimizer, budget")
     parser.add_argument("--root", help="data.root of a data set on disk")

@@ -86,7 +86,9 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     """Train, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", required=True, help="folder of the runs and the results")
+    parser.add_argument(
+        "--output", default="runs/scenes_context", help="folder of the runs and the results"
+    )
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--num_steps", type=int, help="fewer steps, for a quick try")
     parser.add_argument("--num_images", type=int, default=len(SPLITS["val"]))

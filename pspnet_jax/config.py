@@ -313,7 +313,13 @@ def scale_to_batch(config: ConfigDict) -> str | None:
 
 
 def load(path: Path | str) -> ConfigDict:
-    """What a config file's `get_config()` returns; the file is executed, as by the command line."""
+    """What a config file's `get_config()` returns; the file is executed.
+
+    Raises:
+        FileNotFoundError, ValueError: where there is no such file, or it is none of Python.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: there is no such file")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if spec is None or spec.loader is None:
         raise ValueError(f"{path} is no Python file, as config files are")

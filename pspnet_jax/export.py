@@ -78,6 +78,8 @@ def run(
         if path.exists():
             raise FileExistsError(f"{path} exists; choose another --output")
     stored = stored_model.read(checkpoint, step=step)
+    if format in ("safetensors", "caffemodel"):
+        _check_has_names(stored.description.model)
     if format == "pspnet_jax":
         stored_model.write_file(stored, target)
         log.info("the network of step %d, for predict and evaluate -> %s", stored.step, target)
@@ -88,6 +90,15 @@ def run(
     else:
         _write_stablehlo(stored, target, platforms=platforms, checkpoint=checkpoint)
     return target
+
+
+def _check_has_names(options: ModelOptions) -> None:
+    """Raise where no table says how a network's weights are called in published files."""
+    if options.backbone not in DEPTHS:
+        raise ValueError(
+            f"there is no table of published names for PSPNets on {options.backbone}: --format=pspnet_jax holds it "
+            "for this package, stablehlo for others"
+        )
 
 
 def _write_safetensors(stored: StoredModel, target: Path) -> None:
@@ -109,7 +120,7 @@ def _write_caffemodel(stored: StoredModel, target: Path) -> None:
             "safetensors holds the names of each family"
         )
     others = _unusual(options, except_for=("bottleneck_stride", "pyramid_bins", "aux_width"))
-    if options.backbone not in DEPTHS or DEPTHS[options.backbone][0] is not Bottleneck or others:
+    if DEPTHS[options.backbone][0] is not Bottleneck or others:
         raise ValueError(
             f"--format=caffemodel is for the paper's networks of bottlenecks; this is {options.backbone}"
             f"{', '.join(['', *others])}: --format=safetensors holds it"
@@ -123,11 +134,6 @@ def _write_caffemodel(stored: StoredModel, target: Path) -> None:
 def _published(stored: StoredModel, target: Path) -> dict[str, np.ndarray]:
     """Arrays under the names of the family; says what its files have no place for, or its code no option."""
     options = stored.description.model
-    if options.backbone not in DEPTHS:
-        raise ValueError(
-            f"nobody publishes PSPNets on {options.backbone} whose names could be written: --format=pspnet_jax holds "
-            "it for this package, stablehlo for others"
-        )
     table = tables.of_network(options.family, options.pyramid_bins, stem=options.stem)
     leaves = flatten(stored.part["params"]) | flatten(stored.part["batch_stats"])
     # Only training needs auxiliary heads, and not every family publishes them.

@@ -141,7 +141,9 @@ def _is_of_several() -> bool:
 
 
 def _explain(error: Exception, argv: list[str]) -> str:
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    # ConfigDict raises an AttributeError around a KeyError, whose text is a quotation of the sentence.
+    inner = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
+    text = str(inner.args[0]) if isinstance(inner, KeyError) and inner.args else str(inner)
     if any(a.startswith("--config.") for a in argv) and _config_file(argv) is None:
         return MISSING_CONFIG
     for name in re.findall(r"--config\.([\w.]+)", " ".join(argv)):

@@ -13,7 +13,6 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import cv2
 import jax
 import numpy as np
 
@@ -183,11 +182,12 @@ def write_report(
         for place, index in enumerate(indices, start=1):
             example, prediction = source[index], evaluation.predictions[index]
             picture = example_panel(example, prediction, label_set, with_errors=True)
-            write_picture(panels / f"{rank}_{place}_{index:06d}.png", picture)
+            target = panels / f"{rank}_{place}_{index:06d}.png"
+            write_whole(target, visualize.encode_png(picture))
             name = names[index] if names else f"image {index}"
             score = evaluation.images[index]
             shown.append(_shown(rank, name, score, example, prediction, label_set))
-    write_picture(panels / "overview.png", _overview(evaluation, source))
+    write_whole(panels / "overview.png", visualize.encode_png(_overview(evaluation, source)))
     write_whole(folder / "report.md", markdown(contents))
     write_whole(folder / "report.html", page(contents, colors=label_set.colors, shown=shown))
     # Last: where it is, the report is whole.
@@ -265,13 +265,6 @@ def example_panel(
         min_height=min_height,
         note=_PANEL_NOTE if with_errors else "",
     )
-
-
-def write_picture(path: Path, picture: np.ndarray) -> None:
-    """Write an RGB or one-channel picture as a file."""
-    swapped = picture[..., ::-1] if picture.ndim == 3 else picture
-    if not cv2.imwrite(str(path), swapped):
-        raise OSError(f"{path} could not be written")
 
 
 def summary(evaluation: Evaluation) -> str:

@@ -33,7 +33,8 @@ class Kind:
 
 
 _NORM = ("frozen_norm", "norm_momentum")
-# Of an option of ResNets every other kind has one value: what it would ignore is refused.
+# Of the options of a ResNet's stages every other kind has one value, so that others are refused. Those of its
+# blocks are set by families, whatever the backbone.
 _UNLIKE_RESNETS = {
     "output_stride": 8,
     "num_stages": 4,

@@ -40,7 +40,9 @@ class BlockStyle(NamedTuple):
     """Where published residual blocks differ."""
 
     bottleneck_stride: str
+    """Which convolution of a bottleneck has its stride: a key of `BOTTLENECK_STRIDES`."""
     basic_block_dilation: str
+    """What of a basic block is dilated: a key of `BASIC_BLOCK_DILATIONS`."""
 
 
 # Each: stride of the block -> those of its 1x1 and its 3x3 convolution.

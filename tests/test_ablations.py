@@ -4,11 +4,10 @@ import json
 import sys
 from pathlib import Path
 
+import ablations
 import pytest
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))
-import ablations  # noqa: E402
 
 BUDGET_SECONDS = 20
 SCENES = str(EXPERIMENTS.parent / "configs" / "scenes.py")

@@ -6,10 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import benchmark_counts
+import benchmark_growth
+import benchmark_report
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from benchmark_worker import Task, Worker, WorkerError
 from flax import nnx
 
 from pspnet_jax import parallel
@@ -20,11 +24,6 @@ from networks import network
 BUDGET_SECONDS = 240  # a few seconds without the slow ones
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))
-import benchmark_counts  # noqa: E402
-import benchmark_growth  # noqa: E402
-import benchmark_report  # noqa: E402
-from benchmark_worker import Task, Worker, WorkerError  # noqa: E402
 
 
 def forward_macs(model, side):

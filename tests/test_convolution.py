@@ -19,10 +19,9 @@ from pspnet_jax.models.convolution import (
     winograd,
 )
 
-BUDGET_SECONDS = 60
+from compiling import jit
 
-# Compiling takes nearly all of the time: LLVM is not asked to optimize.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+BUDGET_SECONDS = 60
 
 
 def drawn(*shape, dtype, seed=0):

@@ -78,7 +78,6 @@ def test_image_level_compares_four_networks(tmp_path, monkeypatch):
 
 
 def test_the_data_benchmark_writes_its_ratios(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(FOLDER))
     arguments = [
         f"--output={tmp_path}",
         "--workers=0",

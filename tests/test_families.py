@@ -1,9 +1,9 @@
 """The families table: complete rows, what each builds, how each starts, and the README's picture of it."""
 
 import dataclasses
-import sys
 from pathlib import Path
 
+import families_table
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,8 +21,6 @@ from networks import network, options
 BUDGET_SECONDS = 60
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "experiments"))
-import families_table  # noqa: E402
 
 OF_EVERYBODY = {"family", "backbone", "width", "dtype", "remat", "frozen_norm"}
 

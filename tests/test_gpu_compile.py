@@ -11,14 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compile_for_gpu
 import pytest
+from compile_for_gpu import CONVOLUTION, FUSED, INPUT_GRADIENT, KERNEL_GRADIENT
 
 BUDGET_SECONDS = 420
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))
-import compile_for_gpu  # noqa: E402
-from compile_for_gpu import CONVOLUTION, FUSED, INPUT_GRADIENT, KERNEL_GRADIENT  # noqa: E402
 
 CUDNN = (CONVOLUTION, FUSED, INPUT_GRADIENT, KERNEL_GRADIENT)
 LARGEST_KERNEL = 7  # of any published stem

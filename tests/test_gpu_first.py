@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gpu_first
 import jax.numpy as jnp
 import pytest
 
@@ -14,8 +15,6 @@ pytestmark = pytest.mark.slow
 BUDGET_SECONDS = 180
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))
-import gpu_first  # noqa: E402
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 

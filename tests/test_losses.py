@@ -22,6 +22,8 @@ from pspnet_jax.losses import (
 )
 from pspnet_jax.resample import resize
 
+from compiling import jit
+
 BUDGET_SECONDS = 60
 
 
@@ -311,11 +313,7 @@ def test_tiles_give_what_all_logits_at_once_give(options, align_corners, platfor
         of_batch = None if options.get("ohem_threshold") else of_batch
         tile_mib = 2 * num_rows * 9 * 3 * 8 / 2**20
 
-        @functools.partial(
-            jax.jit,
-            static_argnames=("tile_mib", "platform"),
-            compiler_options={"xla_backend_optimization_level": 0},
-        )
+        @functools.partial(jit, static_argnames=("tile_mib", "platform"))
         def differentiate(logits, tile_mib, platform):
             def loss(logits):
                 return stretched_cross_entropy(

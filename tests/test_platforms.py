@@ -21,12 +21,11 @@ from pspnet_jax.models.pyramid import Pyramid, fuse
 from pspnet_jax.resample import resize
 from pspnet_jax.train_step import split_model
 
+from compiling import jit
 from networks import options
 
 BUDGET_SECONDS = 100
 
-# Compiling takes nearly all of the time: LLVM is not asked to optimize.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 NETWORKS = {  # options and the side of images
     "semseg": ({"backbone": "resnet10", "width": 8}, 49),

@@ -14,10 +14,9 @@ from pspnet_jax.models.layers import TORCH_DEFAULT, BatchNorm, Conv, ConvWeights
 from pspnet_jax.models.pyramid import Pyramid, PyramidPooling, fuse
 from pspnet_jax.resample import adaptive_average_pools, resize
 
-BUDGET_SECONDS = 30
+from compiling import jit
 
-# Compiling takes nearly all of the time: LLVM is not asked to optimize.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+BUDGET_SECONDS = 30
 
 
 def fuse_plainly(pyramid: Pyramid, conv: Conv) -> jax.Array:

@@ -1,11 +1,9 @@
 """One affine map against the same steps one after the other, and what lies outside."""
 
-import sys
-from pathlib import Path
-
 import cv2
 import numpy as np
 import pytest
+import semseg_steps
 
 from pspnet_jax.arrays import IGNORE_LABEL
 from pspnet_jax.data.transforms import make_augment, resolve
@@ -20,9 +18,6 @@ from pspnet_jax.data.views import (
     scaling,
     shift,
 )
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
-import semseg_steps
 
 BUDGET_SECONDS = 40
 

@@ -1,5 +1,6 @@
 """Rules of the whole suite: eight CPU devices, strict ranks, cached compilations, seconds per module."""
 
+import logging
 import os
 import re
 import signal
@@ -30,6 +31,15 @@ def data(tmp_path_factory):
     write_split(root, "train", 5)
     write_split(root, "val", 3)
     return root
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """What the package warns of meanwhile."""
+    lines: list[str] = []
+    log = logging.getLogger("pspnet_jax")
+    monkeypatch.setattr(log, "warning", lambda text, *values: lines.append(text % values))
+    return lines
 
 
 class Clock:

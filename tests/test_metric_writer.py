@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from pspnet_jax.metric_writer import MetricWriter, TrainingProgress, log, progress_line
+from pspnet_jax.metric_writer import MetricWriter, TrainingProgress, progress_line
 from pspnet_jax.progress import log_to
 
 BUDGET_SECONDS = 10
@@ -29,9 +29,7 @@ def test_rows_are_written_at_once_and_timing_stands_apart(tmp_path):
     assert b"aux_loss" not in content  # it has no point in a curve
 
 
-def test_rows_after_the_restored_step_are_dropped_with_half_lines(tmp_path, monkeypatch):
-    said = []
-    monkeypatch.setattr(log, "warning", lambda text, *values: said.append(text % values))
+def test_rows_after_the_restored_step_are_dropped_with_half_lines(tmp_path, said):
     writer = MetricWriter(tmp_path, first_step=0)
     for step in (10, 20, 30):
         writer.write(step, {"loss": step / 10}, timing={})

@@ -62,9 +62,7 @@ def test_an_unreadable_image_is_blank_and_the_others_are_what_they_were(num_work
     assert seen == 3
 
 
-def test_each_is_named_once(monkeypatch):
-    said = []
-    monkeypatch.setattr(unreadable.log, "warning", lambda text, *values: said.append(text % values))
+def test_each_is_named_once(said):
     batches(Damaged(2, 4))
     assert sorted(said) == [
         f"left out of training: image_{i}.jpg: the file is empty" for i in (2, 4)

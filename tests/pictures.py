@@ -9,6 +9,16 @@ import cv2
 import numpy as np
 
 from pspnet_jax.arrays import Example
+from pspnet_jax.catalog import load_label_set
+from pspnet_jax.config import default_config
+from pspnet_jax.data import transforms
+from pspnet_jax.data.folders import FolderSource
+
+# The default augmentation, to crops of 33x33.
+AUGMENT = transforms.make_augment(
+    transforms.resolve(default_config().augment.to_dict()), (33, 33), fill=(124, 116, 104)
+)
+CAMVID = load_label_set("camvid")
 
 
 def example(height=40, width=50, *, num_classes=11, seed=0) -> Example:
@@ -48,6 +58,10 @@ def write_split(
         write_image(root / "images" / split / f"{split}_{i:04d}.jpg", made.image)
         mask = made.labels + np.uint8(raw_offset)
         assert cv2.imwrite(str(root / masks / split / f"{split}_{i:04d}.png"), mask)
+
+
+def open_folder(root, split="train", layout="camvid", label_set=CAMVID) -> FolderSource:
+    return FolderSource(str(root), layout=layout, split=split, label_set=label_set)
 
 
 def write_image(path: Path, image: np.ndarray) -> None:

@@ -12,33 +12,23 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import cv2
 import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
 from pspnet_jax.catalog import load_label_set
-from pspnet_jax.config import default_config
-from pspnet_jax.data import builders, transforms
+from pspnet_jax.data import builders
 from pspnet_jax.data.builders import PreparedSource
-from pspnet_jax.data.folders import FolderSource
 from pspnet_jax.data.layouts import DataError
 from pspnet_jax.data.pipeline import evaluation_examples, open_source, training_batches
 
-from pictures import example, write_image, write_split
+from pictures import AUGMENT, example, open_folder, write_image, write_mask, write_split
 
 BUDGET_SECONDS = 60
 
 CAMVID = load_label_set("camvid")
 VOC = load_label_set("voc2012")
-AUGMENT = transforms.make_augment(
-    transforms.resolve(default_config().augment.to_dict()), (33, 33), fill=(124, 116, 104)
-)
-
-
-def open_folder(root, split, layout="camvid", label_set=CAMVID):
-    return FolderSource(str(root), layout=layout, split=split, label_set=label_set)
 
 
 def open_prepared(root, split="train", layout="camvid", label_set=CAMVID):
@@ -48,11 +38,6 @@ def open_prepared(root, split="train", layout="camvid", label_set=CAMVID):
 def prepare(root, output, splits=("train",), layout="camvid", label_set=CAMVID):
     sources = {split: open_folder(root, split, layout, label_set) for split in splits}
     return builders.prepare(str(root), sources, output, layout=layout, label_set=label_set)
-
-
-def write_mask(path, mask):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    assert cv2.imwrite(str(path), mask)
 
 
 def assert_same(first, second):
@@ -125,7 +110,7 @@ def write_pairs(root):
     write_split(root, "mine", 2, masks="masks")
 
 
-def write_voc(root):
+def write_masks_of_both_kinds(root):
     """One mask of ids, one in the colors of the classes; not in alphabetical order."""
     for name in ("b", "a"):
         write_image(root / f"JPEGImages/{name}.jpg", example().image)
@@ -136,7 +121,7 @@ def write_voc(root):
     (root / "ImageSets/Segmentation/val.txt").write_text("b\na\n")
 
 
-def write_cityscapes(root):
+def write_two_cities(root):
     for city, value in (("aachen", 26), ("bonn", 7)):
         stem = f"train/{city}/{city}_000000_000019"
         write_image(root / f"leftImg8bit/{stem}_leftImg8bit.png", example().image)
@@ -159,9 +144,9 @@ LAYOUTS = {
     "camvid": (write_camvid, "camvid", ("train",)),
     "ade20k": (write_ade20k, "ade20k", ("training",)),
     "pairs": (write_pairs, "camvid", ("mine",)),
-    "voc2012": (write_voc, "voc2012", ("val",)),
-    "cityscapes": (write_cityscapes, "cityscapes", ("train",)),
-    "cityscapes, train ids": (write_cityscapes, "cityscapes_train_ids", ("train",)),
+    "voc2012": (write_masks_of_both_kinds, "voc2012", ("val",)),
+    "cityscapes": (write_two_cities, "cityscapes", ("train",)),
+    "cityscapes, train ids": (write_two_cities, "cityscapes_train_ids", ("train",)),
     "list": (write_list, "camvid", ("a/all.txt", "b/all.txt")),
 }
 
@@ -356,7 +341,7 @@ def test_what_was_not_prepared_is_refused_with_the_next_step(data, prepared, tmp
 
 def test_masks_of_another_encoding_are_refused(tmp_path):
     """The values of both encodings overlap: nothing else would tell."""
-    write_cityscapes(tmp_path / "data")
+    write_two_cities(tmp_path / "data")
     train_ids = load_label_set("cityscapes_train_ids")
     prepare(tmp_path / "data", tmp_path, ("train",), "cityscapes", train_ids)
     with pytest.raises(

@@ -8,11 +8,12 @@ import pytest
 
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.data import headers
-from pspnet_jax.data.folders import FolderSource, decode_image, decode_mask, read_image, read_mask
+from pspnet_jax.data.folders import decode_image, decode_mask, read_image, read_mask
 from pspnet_jax.data.layouts import DataError
 
 from pictures import (
     CMYK_JPEG,
+    open_folder,
     write_mask,
     write_palette_mask,
     write_photograph,
@@ -28,13 +29,9 @@ CAMVID = load_label_set("camvid")
 VOC = load_label_set("voc2012")
 
 
-def open_split(root, split="train", layout="camvid", label_set=CAMVID):
-    return FolderSource(str(root), layout=layout, split=split, label_set=label_set)
-
-
 def test_reads_pairs_in_order(tmp_path):
     write_split(tmp_path, "train", 3)
-    source = open_split(tmp_path)
+    source = open_folder(tmp_path)
     assert len(source) == 3
     read = source[2]
     assert source.names[2] == "train_0002"
@@ -50,7 +47,7 @@ def test_images_are_red_green_blue(tmp_path):
 def test_ade20k_layout_maps_raw_ids(tmp_path):
     write_split(tmp_path, "training", 1, raw_offset=1)
     raw = read_mask(tmp_path / "annotations/training/training_0000.png")
-    source = open_split(tmp_path, "training", "ade20k", load_label_set("ade20k"))
+    source = open_folder(tmp_path, "training", "ade20k", load_label_set("ade20k"))
     np.testing.assert_array_equal(source[0].labels, raw - 1)
 
 
@@ -58,14 +55,14 @@ def test_size_mismatch_names_both_files(tmp_path):
     write_split(tmp_path, "train", 1)
     cv2.imwrite(str(tmp_path / "annotations/train/train_0000.png"), np.zeros((40, 49), np.uint8))
     with pytest.raises(DataError, match=r"train_0000\.jpg is 40x50 .*train_0000\.png is 40x49"):
-        open_split(tmp_path)[0]
+        open_folder(tmp_path)[0]
 
 
 def test_id_out_of_range_names_the_file_and_the_id(tmp_path):
     write_split(tmp_path, "train", 1)
     cv2.imwrite(str(tmp_path / "annotations/train/train_0000.png"), np.full((40, 50), 77, np.uint8))
     with pytest.raises(DataError, match=r"train_0000\.png: mask values 77 are out of range"):
-        open_split(tmp_path)[0]
+        open_folder(tmp_path)[0]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +85,7 @@ def test_voc2012_reads_official_masks_by_their_palette(tmp_path):
     colors = dict(enumerate(VOC.colors)) | {255: (224, 224, 192)}
     write_palette_mask(tmp_path / "SegmentationClass/2007_000033.png", ids, colors)
     write_photograph(tmp_path / "JPEGImages/2007_000033.jpg", ids.shape)
-    source = open_split(tmp_path, "val", "voc2012", VOC)
+    source = open_folder(tmp_path, "val", "voc2012", VOC)
     assert source.names == ["2007_000033", "2007_000032"]  # in the order of the list
     np.testing.assert_array_equal(source[0].labels, ids)
     assert (source[1].labels == 1).all()  # one channel: as it is
@@ -99,7 +96,7 @@ def test_color_that_is_no_class_names_the_file_and_the_color(tmp_path):
     ids = np.full((4, 6), 3, np.uint8)
     write_palette_mask(tmp_path / "SegmentationClass/a.png", ids, {3: (128, 128, 1)})
     with pytest.raises(DataError, match=r"Class/a\.png: .* \(128, 128, 1\) .* label set 'voc2012'"):
-        open_split(tmp_path, "val", "voc2012", VOC)[0]
+        open_folder(tmp_path, "val", "voc2012", VOC)[0]
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.02, 0.5, 0.99])
@@ -109,7 +106,7 @@ def test_truncated_photograph_is_named(tmp_path, keep):
     encoded = path.read_bytes()
     path.write_bytes(encoded[: int(len(encoded) * keep)])
     with pytest.raises(DataError, match=r"train_0000\.jpg: (the file is empty|cannot be decoded)"):
-        open_split(tmp_path)[0]
+        open_folder(tmp_path)[0]
 
 
 def test_what_is_no_image_or_not_there(tmp_path):
@@ -196,7 +193,7 @@ def test_image_is_turned_as_its_exif_orientation_says(tmp_path, orientation):
     path = tmp_path / "images/train/a.jpg"
     write_turned_photograph(path, image, orientation)
     write_mask(tmp_path / "annotations/train/a.png", labels)
-    read = open_split(tmp_path)[0]
+    read = open_folder(tmp_path)[0]
     assert_shown(read.image, image)
     np.testing.assert_array_equal(read.labels, labels)
     header = headers.parse(path.read_bytes())
@@ -219,9 +216,9 @@ def test_mask_of_the_stored_size_is_refused_and_the_command_turns_it(tmp_path, o
         match=rf"a\.jpg is 30x40 \(height x width; stored as 40x30, turned by its Exif orientation "
         rf"{orientation}\), .*a\.png is 40x30: the mask was drawn on the image as it is stored",
     ) as caught:
-        open_split(tmp_path)[0]
+        open_folder(tmp_path)[0]
     repair(caught.value)
-    np.testing.assert_array_equal(open_split(tmp_path)[0].labels, labels)
+    np.testing.assert_array_equal(open_folder(tmp_path)[0].labels, labels)
 
 
 @pytest.mark.parametrize(
@@ -255,9 +252,9 @@ def test_mask_of_ids_in_three_channels(tmp_path):
     path.parent.mkdir(parents=True)
     assert cv2.imwrite(str(path), np.full((4, 6, 3), 5, np.uint8))
     with pytest.raises(DataError, match="three channels are equal") as caught:
-        open_split(tmp_path)[0]
+        open_folder(tmp_path)[0]
     repair(caught.value)
-    assert (open_split(tmp_path)[0].labels == 5).all()
+    assert (open_folder(tmp_path)[0].labels == 5).all()
 
 
 def test_palette_of_foreign_colors(tmp_path):
@@ -265,7 +262,7 @@ def test_palette_of_foreign_colors(tmp_path):
     ids = np.full((4, 6), 3, np.uint8)
     write_palette_mask(tmp_path / "annotations/train/a.png", ids, {3: (1, 2, 3)})
     with pytest.raises(DataError, match=r"a\.png: .*not its colors but its indexes are the ids"):
-        open_split(tmp_path)[0]
+        open_folder(tmp_path)[0]
 
 
 @pytest.mark.parametrize("folder", ["images/train/a.jpg", "annotations/train/a.png"])
@@ -275,11 +272,11 @@ def test_symbolic_link_that_leads_nowhere(tmp_path, folder):
     (tmp_path / folder).unlink()
     (tmp_path / folder).symlink_to(tmp_path / folder)
     with pytest.raises(DataError, match=rf"{folder}: Too many levels of symbolic links"):
-        open_split(tmp_path)[0]
+        open_folder(tmp_path)[0]
     (tmp_path / folder).unlink()
     (tmp_path / folder).symlink_to(tmp_path / "nowhere")
     with pytest.raises(DataError, match=rf"{folder}: No such file"):
-        open_split(tmp_path)[0]
+        open_folder(tmp_path)[0]
 
 
 def test_header_of_what_is_damaged_or_foreign(tmp_path):

@@ -6,7 +6,14 @@ from pspnet_jax.catalog import load_label_set
 from pspnet_jax.data.folders import FolderSource
 from pspnet_jax.data.layouts import DataError, list_split
 
-from pictures import write_cityscapes, write_mask, write_photograph, write_split, write_voc
+from pictures import (
+    open_folder,
+    write_cityscapes,
+    write_mask,
+    write_photograph,
+    write_split,
+    write_voc,
+)
 
 BUDGET_SECONDS = 15
 
@@ -16,31 +23,27 @@ CITYSCAPES = load_label_set("cityscapes")
 TRAIN_IDS = load_label_set("cityscapes_train_ids")
 
 
-def open_split(root, split="train", layout="camvid", label_set=CAMVID):
-    return FolderSource(str(root), layout=layout, split=split, label_set=label_set)
-
-
 def test_segnet_and_pairs_layouts(tmp_path):
     write_split(tmp_path / "a", "train", 1)
     (tmp_path / "b").mkdir()
     (tmp_path / "a/images/train").rename(tmp_path / "b/train")
     (tmp_path / "a/annotations/train").rename(tmp_path / "b/trainannot")
-    assert len(open_split(tmp_path / "b")) == 1
+    assert len(open_folder(tmp_path / "b")) == 1
     write_split(tmp_path / "c", "mine", 2, masks="masks")
-    assert len(open_split(tmp_path / "c", "mine", "pairs")) == 2
+    assert len(open_folder(tmp_path / "c", "mine", "pairs")) == 2
 
 
 def test_wrong_root_says_what_was_expected_found_and_where_it_comes_from(tmp_path):
     (tmp_path / "photos/summer").mkdir(parents=True)
     with pytest.raises(DataError) as caught:
-        open_split(tmp_path, "training", "ade20k")
+        open_folder(tmp_path, "training", "ade20k")
     text = str(caught.value)
     assert "images/training/ and" in text
     assert "found     photos/, photos/summer/" in text
     assert "ADEChallengeData2016.zip" in text
     assert "--config.data.root=DIR" in text
     with pytest.raises(DataError, match="no folder"):
-        open_split(tmp_path / "nowhere")
+        open_folder(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"data\.root is not set"):
         FolderSource(None, layout="ade20k", split="training", label_set=CAMVID)
 
@@ -51,7 +54,7 @@ def test_image_without_mask_and_mask_without_image_are_named(tmp_path):
     for i in range(3, 9):
         (tmp_path / f"images/train/train_000{i}.jpg").unlink()
     with pytest.raises(DataError) as caught:
-        open_split(tmp_path)
+        open_folder(tmp_path)
     assert "train_0001.jpg (1 of 3): no partner in" in str(caught.value)
     assert "and 1 more (6 of 8)" in str(caught.value)
 
@@ -59,7 +62,7 @@ def test_image_without_mask_and_mask_without_image_are_named(tmp_path):
 def test_zero_images(tmp_path):
     write_split(tmp_path, "train", 0)
     with pytest.raises(DataError, match="zero images"):
-        open_split(tmp_path)
+        open_folder(tmp_path)
 
 
 def test_two_images_of_one_name(tmp_path):
@@ -67,21 +70,21 @@ def test_two_images_of_one_name(tmp_path):
     folder = tmp_path / "images/train"
     (folder / "train_0000.png").write_bytes((folder / "train_0000.jpg").read_bytes())
     with pytest.raises(DataError, match=r"share the name 'train_0000': remove one"):
-        open_split(tmp_path)
+        open_folder(tmp_path)
 
 
 @pytest.mark.parametrize("split", ["train_aug", "trainaug"])
 def test_voc2012_augmented_masks_lie_in_a_folder_of_their_own(tmp_path, split):
     write_voc(tmp_path, split, ["a", "b"], "SegmentationClassAug")
     write_voc(tmp_path, "train", ["c"], "SegmentationClass")
-    assert len(open_split(tmp_path, split, "voc2012", VOC)) == 2
-    assert len(open_split(tmp_path, "train", "voc2012", VOC)) == 1
+    assert len(open_folder(tmp_path, split, "voc2012", VOC)) == 2
+    assert len(open_folder(tmp_path, "train", "voc2012", VOC)) == 1
 
 
 def test_voc2012_list_may_name_its_masks(tmp_path):
     lines = "JPEGImages/a.jpg SegmentationClassAug/a.png\n"
     write_voc(tmp_path, "mine", ["a"], "SegmentationClassAug", lines)
-    assert open_split(tmp_path, "mine", "voc2012", VOC).names == ["a"]
+    assert open_folder(tmp_path, "mine", "voc2012", VOC).names == ["a"]
 
 
 def test_voc2012_names_without_files_are_counted(tmp_path):
@@ -89,7 +92,7 @@ def test_voc2012_names_without_files_are_counted(tmp_path):
     write_voc(tmp_path, "train_aug", names, "SegmentationClass")
     (tmp_path / "JPEGImages/n3.jpg").unlink()
     with pytest.raises(DataError) as caught:
-        open_split(tmp_path, "train_aug", "voc2012", VOC)
+        open_folder(tmp_path, "train_aug", "voc2012", VOC)
     text = str(caught.value)
     assert "train_aug.txt names files" in text
     assert "JPEGImages/n3.jpg (1 of 8): no such image" in text
@@ -100,7 +103,7 @@ def test_voc2012_names_without_files_are_counted(tmp_path):
 def test_list_that_is_not_there(tmp_path):
     write_voc(tmp_path, "val", ["a"], "SegmentationClass")
     with pytest.raises(DataError) as caught:
-        open_split(tmp_path, "train_aug", "voc2012", VOC)
+        open_folder(tmp_path, "train_aug", "voc2012", VOC)
     text = str(caught.value)
     assert "ImageSets/Segmentation/train_aug.txt" in text
     assert "found     beside it val.txt" in text
@@ -108,7 +111,7 @@ def test_list_that_is_not_there(tmp_path):
     with pytest.raises(
         DataError, match=r"found     ImageSets/, ImageSets/Segmentation/, JPEGImages/"
     ):
-        open_split(tmp_path, "none/train.txt", "list", VOC)
+        open_folder(tmp_path, "none/train.txt", "list", VOC)
     with pytest.raises(DataError, match=r"data\.root is not set"):
         FolderSource(None, layout="voc2012", split="train", label_set=VOC)
 
@@ -122,7 +125,7 @@ def test_list_of_images_and_masks(tmp_path):
     (tmp_path / "root/train.txt").write_text(text)
     (tmp_path / "elsewhere.txt").write_text(text)
     for split in ("train.txt", str(tmp_path / "elsewhere.txt")):
-        source = open_split(tmp_path / "root", split, "list")
+        source = open_folder(tmp_path / "root", split, "list")
         assert source.names == ["b", "a"]
         assert (source[1].labels == 3).all()
 
@@ -143,7 +146,7 @@ def test_bad_list(tmp_path, text, message):
     write_mask(tmp_path / "a.png")
     (tmp_path / "list.txt").write_text(text)
     with pytest.raises(DataError, match=rf"list\.txt[\s\S]*{message}[\s\S]*your own list"):
-        open_split(tmp_path, "list.txt", "list")
+        open_folder(tmp_path, "list.txt", "list")
 
 
 def test_cityscapes_reads_the_encoding_of_its_label_set(tmp_path):
@@ -152,7 +155,7 @@ def test_cityscapes_reads_the_encoding_of_its_label_set(tmp_path):
             tmp_path, city, number, "labelIds", "labelTrainIds", "instanceIds", "color"
         )
     for label_set in (CITYSCAPES, TRAIN_IDS):
-        source = open_split(tmp_path, "train", "cityscapes", label_set)
+        source = open_folder(tmp_path, "train", "cityscapes", label_set)
         assert source.names == ["aachen_000000_000019", "bonn_000007_000019"]
         assert (source[1].labels == CITYSCAPES.names.index("car")).all()
 
@@ -163,14 +166,14 @@ def test_cityscapes_reads_label_ids_for_ones_own_classes(tmp_path):
         "id,name,red,green,blue,raw_ids\n0,ground,0,0,0,7 8\n1,vehicle,9,9,9,26\n"
     )
     mine = load_label_set(str(tmp_path / "mine.csv"))
-    assert (open_split(tmp_path, "train", "cityscapes", mine)[0].labels == 1).all()
+    assert (open_folder(tmp_path, "train", "cityscapes", mine)[0].labels == 1).all()
 
 
 def test_cityscapes_masks_that_are_not_there(tmp_path):
     write_cityscapes(tmp_path, "aachen", 0, "labelIds")
     write_cityscapes(tmp_path, "aachen", 1, "labelIds", "labelTrainIds")
     with pytest.raises(DataError) as caught:
-        open_split(tmp_path, "train", "cityscapes", TRAIN_IDS)
+        open_folder(tmp_path, "train", "cityscapes", TRAIN_IDS)
     text = str(caught.value)
     assert "aachen_000000_000019_leftImg8bit.png (1 of 2): no partner in" in text
     assert "*_gtFine_labelTrainIds" in text
@@ -187,11 +190,11 @@ def test_encodings_of_cityscapes_are_not_mixed_up_in_a_list(tmp_path, label_set,
     name = "train/aachen/aachen_000000_000019"
     line = f"leftImg8bit/{name}_leftImg8bit.png gtFine/{name}_gtFine_{ending}.png\n"
     (tmp_path / "train.txt").write_text(line)
-    assert len(open_split(tmp_path, "train.txt", "list", other)) == 1
+    assert len(open_folder(tmp_path, "train.txt", "list", other)) == 1
     with pytest.raises(
         DataError, match=rf"_{ending}\.png \(1 of 1\) want data\.labels={other.name}\n"
     ):
-        open_split(tmp_path, "train.txt", "list", label_set)
+        open_folder(tmp_path, "train.txt", "list", label_set)
 
 
 def test_masks_of_another_suffix_are_named(tmp_path):
@@ -199,7 +202,7 @@ def test_masks_of_another_suffix_are_named(tmp_path):
     for path in sorted((tmp_path / "annotations/train").iterdir()):
         path.rename(path.with_suffix(".jpg"))
     with pytest.raises(DataError, match=r"2 \.jpg there are not read, only \.png \(JPEG changes"):
-        open_split(tmp_path)
+        open_folder(tmp_path)
 
 
 def test_what_pairs_up_is_listed_beside_the_faults(tmp_path):
@@ -221,10 +224,10 @@ def test_what_pairs_up_is_listed_beside_the_faults(tmp_path):
 def test_root_that_is_a_loop_or_a_file(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(DataError, match=r"no folder .*loop \(Too many levels of symbolic links\)"):
-        open_split(tmp_path / "loop")
+        open_folder(tmp_path / "loop")
     (tmp_path / "data.zip").write_bytes(b"PK")
     with pytest.raises(DataError, match=r"no folder .*data\.zip \(it is a file\)"):
-        open_split(tmp_path / "data.zip")
+        open_folder(tmp_path / "data.zip")
 
 
 def test_coarse_annotations_of_cityscapes(tmp_path):
@@ -233,11 +236,11 @@ def test_coarse_annotations_of_cityscapes(tmp_path):
     for ending, value in (("labelIds", 26), ("labelTrainIds", 13), ("instanceIds", 99)):
         write_mask(tmp_path / f"gtCoarse/{name}_gtCoarse_{ending}.png", value)
     for label_set in (CITYSCAPES, TRAIN_IDS):
-        source = open_split(tmp_path, "train_extra", "cityscapes_coarse", label_set)
+        source = open_folder(tmp_path, "train_extra", "cityscapes_coarse", label_set)
         assert source.names == ["bonn_000000_000019"]
         assert (source[0].labels == CITYSCAPES.names.index("car")).all()
     with pytest.raises(DataError, match=r"gtCoarse/val/\n[\s\S]*leftImg8bit_trainextra\.zip"):
-        open_split(tmp_path, "val", "cityscapes_coarse", CITYSCAPES)
+        open_folder(tmp_path, "val", "cityscapes_coarse", CITYSCAPES)
 
 
 def test_images_without_a_folder_of_masks(tmp_path):
@@ -246,7 +249,7 @@ def test_images_without_a_folder_of_masks(tmp_path):
         DataError,
         match=r"expected  .*/annotations/train/ or[\s\S]*found     images/, images/train/",
     ):
-        open_split(tmp_path)
+        open_folder(tmp_path)
     (tmp_path / "annotations/train").mkdir(parents=True)
     with pytest.raises(DataError, match=r"a\.jpg \(1 of 1\): no partner in .*/annotations/train/"):
-        open_split(tmp_path)
+        open_folder(tmp_path)

@@ -11,19 +11,11 @@ import pytest
 import pspnet_jax
 from pspnet_jax.main import main
 
-from pictures import example, write_image, write_split
+from pictures import example, write_image
 
 BUDGET_SECONDS = 120
 
 CONFIG = str(Path(__file__).parent / "tiny_config.py")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("camvid")
-    write_split(root, "train", 4)
-    write_split(root, "val", 3)
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +65,7 @@ def test_evaluate_takes_options(run, data, tmp_path):
     assert main(["evaluate", *argv, f"--output={tmp_path}"]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     where = {"source": "folder", "layout": "camvid", "root": str(data)}
-    assert report["data"] == {"labels": "camvid", "split": "train", "num_images": 4, **where}
+    assert report["data"] == {"labels": "camvid", "split": "train", "num_images": 5, **where}
     assert report["protocol"]["flip"] is False
 
 
@@ -176,7 +168,7 @@ def test_bad_command_is_explained(capsys, tmp_path, monkeypatch, argv, message):
     assert message in fails(capsys, argv, code=2)
 
 
-def test_faults_of_data_and_checkpoints_are_one_sentence(capsys, tmp_path, data, run):
+def test_faults_of_data_and_checkpoints_are_one_sentence(capsys, tmp_path, run):
     argv = [f"--config={CONFIG}", f"--workdir={tmp_path / 'run'}"]
     assert "data.root is not set" in fails(capsys, argv, code=1)
     text = fails(capsys, ["evaluate", f"--checkpoint={tmp_path}"], code=1)

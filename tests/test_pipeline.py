@@ -7,19 +7,13 @@ import numpy as np
 import pytest
 
 from pspnet_jax.catalog import load_label_set
-from pspnet_jax.config import default_config
-from pspnet_jax.data import transforms
 from pspnet_jax.data.folders import FolderSource
 from pspnet_jax.data.layouts import DataError
 from pspnet_jax.data.pipeline import evaluation_examples, open_source, training_batches
 
-from pictures import ExampleSource, write_split
+from pictures import AUGMENT, ExampleSource, write_split
 
 BUDGET_SECONDS = 60
-
-AUGMENT = transforms.make_augment(
-    transforms.resolve(default_config().augment.to_dict()), (33, 33), fill=(124, 116, 104)
-)
 
 
 def batches(count, *, source=None, first_step=0, num_workers=0, seed=7, size=4):

@@ -22,7 +22,6 @@ BUDGET_SECONDS = 180
 
 GOLDENS = Path(__file__).parent / "goldens"
 FILE = GOLDENS / "published.pth"
-NUM_TENSORS = 309
 
 
 def published() -> dict[str, np.ndarray]:

@@ -208,9 +208,7 @@ def test_a_stopped_run_leaves_whole_files_and_resume_does_the_rest(
     assert predict.run(*argv, output=str(out), resume=True) == []
 
 
-def test_results_of_two_checkpoints_or_protocols_are_not_mixed(
-    segmenter, photographs, tmp_path, monkeypatch
-):
+def test_results_of_two_checkpoints_or_protocols_are_not_mixed(segmenter, photographs, tmp_path):
     argv, output = ["x", [str(photographs / "a")]], str(tmp_path / "out")
     predict.run(*argv, output=output)
     with pytest.raises(FileExistsError, match=r"prediction.json says"):  # nothing is left to do

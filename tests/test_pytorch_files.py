@@ -8,7 +8,6 @@ import struct
 import time
 import tracemalloc
 import zipfile
-import zlib
 from collections import OrderedDict
 from pathlib import Path
 
@@ -425,7 +424,6 @@ def test_a_flipped_bit_in_a_value_is_seen_where_there_are_checksums(tmp_path):
                 read(path)
         else:  # PyTorch was told to leave them out: nothing to compare with
             assert not np.array_equal(read(path)["weight"], expected("bare")["weight"])
-    assert zlib.crc32(b"") == 0  # an empty entry looks as if it had no checksum; only all count
 
 
 def test_one_missing_checksum_among_others_is_a_wrong_checksum(tmp_path):
@@ -436,7 +434,7 @@ def test_one_missing_checksum_among_others_is_a_wrong_checksum(tmp_path):
         read(path)
 
 
-def test_large_storages_are_checked_in_several_pieces(tmp_path, monkeypatch):
+def test_large_storages_are_checked_in_several_pieces(monkeypatch):
     monkeypatch.setattr(pytorch, "_CHUNK_BYTES", 5)
     assert_equal(read(BARE_ZIP), expected("bare"))
 

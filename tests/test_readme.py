@@ -69,7 +69,7 @@ def test_commands_that_need_nothing_are_these():
     ]
 
 
-def test_python_runs(monkeypatch):
+def test_python_runs():
     """With the shipped network in place of a run."""
     (block,) = (block for language, block in BLOCKS if language == "python" and "load(" in block)
     image = render(0, SPLITS["val"][0])[0]

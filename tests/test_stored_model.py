@@ -26,7 +26,7 @@ def shipped():
     return stored_model.read("scenes", step="best")
 
 
-def test_shipped_network_is_small_and_good(shipped):
+def test_shipped_network_is_small_and_good():
     assert SHIPPED.stat().st_size < 10e6
     segmenter, num_classes = pspnet_jax.load("scenes"), 12
     assert segmenter.label_set == load_label_set("scenes")

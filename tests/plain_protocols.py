@@ -7,7 +7,7 @@ CSAILVision/semantic-segmentation-pytorch do, sharing nothing with the package.
 import math
 
 import numpy as np
-from semseg_protocol import MEAN, STD, _starts, resize, softmax
+from semseg_protocol import MEAN, STD, resize, softmax, starts
 
 
 def caffe(network, image, *, crop_size, base_size, scales=(1.0,), flip=True, stride=None):
@@ -99,8 +99,8 @@ def _caffe_window(network, window, flip):
 
 def _slide(window_score, padded, crop_size, stride):
     total, count = None, np.zeros((*padded.shape[:2], 1))
-    for row in _starts(padded.shape[0], crop_size[0], stride and stride[0]):
-        for column in _starts(padded.shape[1], crop_size[1], stride and stride[1]):
+    for row in starts(padded.shape[0], crop_size[0], stride and stride[0]):
+        for column in starts(padded.shape[1], crop_size[1], stride and stride[1]):
             here = np.s_[row : row + crop_size[0], column : column + crop_size[1]]
             found = window_score(padded[here])
             if total is None:

@@ -50,8 +50,8 @@ def _one_scale(network, image, crop_size, stride, *, flip):
     padded[:] = MEAN
     padded[top : top + height, left : left + width] = image
     total, count = 0.0, np.zeros(padded.shape[:2])
-    for row in _starts(padded.shape[0], crop_size[0], stride and stride[0]):
-        for column in _starts(padded.shape[1], crop_size[1], stride and stride[1]):
+    for row in starts(padded.shape[0], crop_size[0], stride and stride[0]):
+        for column in starts(padded.shape[1], crop_size[1], stride and stride[1]):
             here = np.s_[row : row + crop_size[0], column : column + crop_size[1]]
             found = _one_window(network, padded[here], flip=flip)
             if np.isscalar(total):
@@ -70,13 +70,13 @@ def _one_window(network, window, *, flip):
     return (upright + mirrored) / 2
 
 
-def _starts(side, crop, stride):
+def starts(side, crop, stride):
     """A window every `stride` pixels; the last one ends with the image."""
     stride = stride or math.ceil(crop * 2 / 3)
-    starts = [0]
-    while starts[-1] + crop < side:
-        starts.append(min(starts[-1] + stride, side - crop))
-    return starts
+    found = [0]
+    while found[-1] + crop < side:
+        found.append(min(found[-1] + stride, side - crop))
+    return found
 
 
 def softmax(logits):

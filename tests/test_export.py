@@ -20,12 +20,11 @@ from pspnet_jax.checkpoint import CheckpointFolder
 from pspnet_jax.main import main
 from pspnet_jax.models.families import IMAGENET_8BIT
 from pspnet_jax.parallel import make_mesh
-from pspnet_jax.protocols import choose
 from pspnet_jax.segmenter import Provenance, Segmenter
-from pspnet_jax.stored_model import Description, StoredModel, model_part
+from pspnet_jax.stored_model import StoredModel, model_part
 from pspnet_jax.train_step import split_model
 
-from networks import network, options
+from networks import description, network
 
 BUDGET_SECONDS = 150
 
@@ -35,10 +34,10 @@ SIZES = [(1, 33, 41), (3, 64, 50), (2, 1, 57)]
 
 
 def stored_model(num_classes=CAMVID.num_classes, **overrides) -> StoredModel:
-    description = Description(options(**overrides), CAMVID, IMAGENET_8BIT, choose("whole", CAMVID))
+    described = description(**overrides)
     _, params, batch_stats = split_model(network(num_classes, **overrides))
-    part = model_part(description, params, batch_stats)
-    return StoredModel(description, jax.tree.map(_on_host, part), 7, "digest")
+    part = model_part(described, params, batch_stats)
+    return StoredModel(described, jax.tree.map(_on_host, part), 7, "digest")
 
 
 def segmenter_of(stored: StoredModel) -> Segmenter:

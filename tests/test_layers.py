@@ -23,11 +23,9 @@ from pspnet_jax.models.layers import (
     max_pool,
 )
 
+from networks import random
+
 BUDGET_SECONDS = 40
-
-
-def random(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
 def convolve_by_loops(x, kernel, stride, dilation):

@@ -12,30 +12,29 @@ import numpy as np
 import plain_protocols
 import pytest
 import semseg_protocol
-from compiling import compilations
 
 from pspnet_jax import load, parallel, passes
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.checkpoint import CheckpointFolder
 from pspnet_jax.models.families import IMAGENET_8BIT
 from pspnet_jax.protocols import choose
-from pspnet_jax.segmenter import Provenance, Segmenter
+from pspnet_jax.segmenter import Provenance
 from pspnet_jax.stored_model import Description, model_part
 from pspnet_jax.train_step import split_model
 
-from networks import network, options
+import networks
+from compiling import compilations
 from pictures import example
 
 BUDGET_SECONDS = 180
 
 CAMVID = load_label_set("camvid")
-DESCRIPTION = Description(options(), CAMVID, IMAGENET_8BIT, choose("whole", CAMVID))
+DESCRIPTION = networks.description()
 
 
 @pytest.fixture(scope="module")
 def segmenter():
-    _, params, batch_stats = split_model(network(CAMVID.num_classes))
-    return Segmenter(DESCRIPTION, params, batch_stats, provenance=Provenance("memory", 0, ""))
+    return networks.segmenter()
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,7 @@ def saved(tmp_path_factory):
     path = tmp_path_factory.mktemp("run")
     folder = CheckpointFolder(path / "checkpoints")
     for step, score in ((10, 0.5), (20, 0.3)):
-        _, params, batch_stats = split_model(network(CAMVID.num_classes, seed=step))
+        _, params, batch_stats = split_model(networks.network(CAMVID.num_classes, seed=step))
         folder.save(step, {"model": model_part(DESCRIPTION, params, batch_stats)}, mean_iou=score)
     folder.wait()
     return path
@@ -91,42 +90,30 @@ def test_flip_can_be_switched_off(segmenter):
     assert np.abs(plain - segmenter.probabilities(image)).max() > 1e-4
 
 
+@pytest.fixture(scope="module")
+def confident():
+    """Takes any size, and is sure of itself."""
+    return networks.segmenter(sureness=40)
+
+
+# All other sizes and options of windows are in test_stream, without a network.
 @pytest.mark.parametrize(
     ("size", "options"),
     [
         ((20, 30), {"base_size": 30}),  # smaller than the window
-        ((33, 41), {"base_size": 41}),
-        ((70, 50), {"base_size": 70, "scales": (0.5, 1.0, 1.25)}),
-        ((50, 80), {"base_size": 64, "flip": False}),
+        ((50, 80), {"base_size": 64, "scales": (0.5, 1.25)}),
     ],
     ids=str,
 )
-def test_semseg_equals_its_plain_statement(size, options):
-    _, params, batch_stats = split_model(network(CAMVID.num_classes))
-    kernel = params["head"]["classifier"]["kernel"]
-    params["head"]["classifier"]["kernel"] = 40 * kernel  # a network that is sure of itself
-    segmenter = Segmenter(DESCRIPTION, params, batch_stats, provenance=Provenance("", 0, ""))
+def test_semseg_equals_its_plain_statement(confident, size, options):
     image, options = example(*size).image, {"crop_size": (33, 41), **options}
-    found = np.asarray(segmenter.probabilities(image, protocol="semseg", **options))
-    expected = semseg_protocol.probabilities(
-        lambda images: np.asarray(segmenter.logits(images.astype(np.float32)), np.float64),
-        image,
-        **options,
-    )
+    found = np.asarray(confident.probabilities(image, protocol="semseg", **options))
+    expected = semseg_protocol.probabilities(logits_of(confident), image, **options)
     assert len(np.unique(expected.argmax(-1))) > 1
     np.testing.assert_allclose(found, expected, atol=1e-4)
-    protocol = segmenter.choose_protocol("semseg", **options)
-    (prediction,) = segmenter.predict([image], protocol=protocol, batch_size=3)
+    protocol = confident.choose_protocol("semseg", **options)
+    (prediction,) = confident.predict([image], protocol=protocol, batch_size=3)
     assert (prediction.class_map == expected.argmax(-1)).mean() >= 0.9999
-
-
-@pytest.fixture(scope="module")
-def confident():
-    """Takes any size, and is sure of itself."""
-    _, params, batch_stats = split_model(network(CAMVID.num_classes))
-    kernel = params["head"]["classifier"]["kernel"]
-    params["head"]["classifier"]["kernel"] = 40 * kernel
-    return Segmenter(DESCRIPTION, params, batch_stats, provenance=Provenance("", 0, ""))
 
 
 def logits_of(segmenter):
@@ -168,11 +155,7 @@ def test_mmseg_slide_equals_its_plain_statement(confident):
 
 def test_csail_equals_its_plain_statement():
     """A network that takes sides of multiples of 8 as they are; its decoder resizes by half pixels."""
-    model = options(family="lextal", backbone="resnet18", align_corners=False)
-    made = network(CAMVID.num_classes, family="lextal", backbone="resnet18", align_corners=False)
-    _, params, batch_stats = split_model(made)
-    description = dataclasses.replace(DESCRIPTION, model=model)
-    segmenter = Segmenter(description, params, batch_stats, provenance=Provenance("", 0, ""))
+    segmenter = networks.segmenter(family="lextal", backbone="resnet18", align_corners=False)
     image = example(50, 80).image
     chosen = {"base_size": 45, "max_size": 100, "scales": (2 / 3, 4 / 3)}
     found = np.asarray(segmenter.probabilities(image, protocol="csail", **chosen))
@@ -212,9 +195,7 @@ def test_windows_compile_the_network_once_for_all_sizes(segmenter):
 
 def test_options_of_the_checkpoints_own_protocol_are_kept(segmenter):
     semseg = segmenter.choose_protocol("semseg", scales=(0.5, 1.0), crop_size=(65, 65))
-    description = dataclasses.replace(DESCRIPTION, protocol=semseg)
-    _, params, batch_stats = split_model(network(CAMVID.num_classes))
-    own = Segmenter(description, params, batch_stats, provenance=Provenance("", 0, ""))
+    own = networks.segmenter(protocol=semseg)
     assert own.choose_protocol() == own.choose_protocol("semseg") == semseg
     assert own.choose_protocol("semseg", flip=False) == dataclasses.replace(semseg, flip=False)
     assert own.choose_protocol("whole") == choose("whole", CAMVID)
@@ -232,8 +213,7 @@ def test_a_batch_over_eight_devices_equals_image_by_image(segmenter):
 def test_two_segmenters_share_their_compilations(segmenter):
     image = example(33, 41).image
     semseg = segmenter.choose_protocol("semseg", crop_size=(33, 41), base_size=64)
-    _, params, batch_stats = split_model(network(CAMVID.num_classes, seed=3))
-    other = Segmenter(DESCRIPTION, params, batch_stats, provenance=Provenance("memory", 1, ""))
+    other = networks.segmenter(seed=3, provenance=Provenance("memory", 1, ""))
     counted = (passes.head_scores, passes.add_windows, passes.make_tile)
     counts = []
     for each in (segmenter, other):
@@ -266,8 +246,7 @@ def test_load_takes_the_best_and_knows_everything(saved):
     assert best.label_set == CAMVID
     assert best.description == DESCRIPTION
     image = example(33, 41).image
-    _, params, batch_stats = split_model(network(CAMVID.num_classes, seed=10))
-    fresh = Segmenter(DESCRIPTION, params, batch_stats, provenance=Provenance("", 0, ""))
+    fresh = networks.segmenter(seed=10)
     np.testing.assert_array_equal(best.logits(image[None]), fresh.logits(image[None]))
     assert len(best.provenance.digest) == 64
 
@@ -330,8 +309,7 @@ def test_rows_are_split_over_devices(segmenter, ways):
     image = example(137, 90).image
     mesh = parallel.make_mesh(jax.devices()[:ways])
     plain = dataclasses.replace(segmenter._network, platform=None)
-    _, params, batch_stats = split_model(network(CAMVID.num_classes))
-    state = jax.device_put((params, batch_stats), parallel.replicated(mesh))
+    state = jax.device_put(segmenter._state, parallel.replicated(mesh))
     by_rows = jax.jit(functools.partial(passes.logits_by_rows, network=plain, mesh=mesh))
     images = jax.device_put(image[None], parallel.replicated(mesh))
     compiled = by_rows.lower(*state, images).compile()

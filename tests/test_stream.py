@@ -12,14 +12,13 @@ import semseg_protocol
 from pspnet_jax import canvas as canvas_module
 from pspnet_jax import stream, windows
 from pspnet_jax.canvas import Wanted
-from pspnet_jax.protocols import PROTOCOLS, override
 from pspnet_jax.taps import resize_matlab
 
+from networks import small_protocol
 from pictures import example
 
 BUDGET_SECONDS = 120
 
-CROP = (33, 41)
 MEAN = tuple(semseg_protocol.MEAN)
 
 
@@ -86,10 +85,6 @@ def probabilities(images, protocol, **options):
     return [found.probabilities for found in slider(protocol, **options).run(images)]
 
 
-def protocol(name="semseg", **options):
-    return override(PROTOCOLS[name], **{"crop_size": CROP, "base_size": 64} | options)
-
-
 def plainly(image, chosen):
     options = {name: getattr(chosen, name) for name in ("scales", "flip", "base_size", "crop_size")}
     if chosen.name == "semseg":
@@ -122,7 +117,7 @@ SIX = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
     ids=str,
 )
 def test_semseg_equals_its_plain_statement(size, options):
-    image, chosen = example(*size).image, protocol(**options)
+    image, chosen = example(*size).image, small_protocol(**options)
     (found,) = probabilities([image], chosen, batch_size=3)
     expected = plainly(image, chosen)
     assert expected.max() - expected.min() > 0.3
@@ -146,7 +141,7 @@ def test_semseg_equals_its_plain_statement(size, options):
 def test_the_others_equal_their_plain_statements(name, size, options, monkeypatch):
     # Beside its own plain statement in test_taps, up to halves that are rounded either way.
     monkeypatch.setattr(plain_protocols, "imresize_8bit", resize_matlab)
-    image, chosen = example(*size).image, protocol(name, **options)
+    image, chosen = example(*size).image, small_protocol(name, **options)
     (found,) = probabilities([image], chosen, batch_size=2)
     expected = plainly(image, chosen)
     assert expected.max() - expected.min() > 0.3
@@ -158,19 +153,24 @@ SEVERAL = [example(*size, seed=i).image for i, size in enumerate(
 )]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def alone():
+    """Of each of SEVERAL by itself, at two scales."""
+    chosen = small_protocol(scales=(0.5, 1.5))
+    return [found for image in SEVERAL for found in probabilities([image], chosen)]
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 7])
 @pytest.mark.parametrize("lanes", [1, 3])
-def test_windows_of_several_images_share_passes(batch_size, lanes):
-    chosen = protocol(scales=(0.5, 1.5))
+def test_windows_of_several_images_share_passes(alone, batch_size, lanes):
+    chosen = small_protocol(scales=(0.5, 1.5))
     together = probabilities(iter(SEVERAL), chosen, batch_size=batch_size, lanes=lanes)
-    assert len(together) == len(SEVERAL)
-    for image, found in zip(SEVERAL, together, strict=True):
-        (alone,) = probabilities([image], chosen)
-        np.testing.assert_allclose(found, alone, atol=1e-6)
+    for found, expected in zip(together, alone, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_passes_are_full():
-    chosen = protocol(scales=(0.5, 1.5))
+    chosen = small_protocol(scales=(0.5, 1.5))
     num_windows = sum(
         len(view.rows.starts) * len(view.columns.starts)
         for image in SEVERAL
@@ -185,7 +185,7 @@ def test_passes_are_full():
 
 
 def test_lanes_have_equal_shares():
-    chosen = protocol()
+    chosen = small_protocol()
     made = slider(chosen, batch_size=2, lanes=3)
     counts, through = [], made.add
     made.add = lambda *arguments: counts.append(arguments[3]) or through(*arguments)
@@ -198,9 +198,9 @@ def test_lanes_have_equal_shares():
 @pytest.mark.parametrize("name", ["semseg", "mmseg-slide"])
 def test_a_small_canvas_changes_nothing(canvas, name):
     if name == "semseg":
-        chosen = protocol(base_size=150, scales=(0.5, 1.0))
+        chosen = small_protocol(base_size=150, scales=(0.5, 1.0))
     else:
-        chosen = protocol(name, base_size=90, max_size=150, flip=True)
+        chosen = small_protocol(name, base_size=90, max_size=150, flip=True)
     images = [SEVERAL[0], SEVERAL[3], SEVERAL[6]]
     found = probabilities(images, chosen, canvas=canvas, lanes=2, batch_size=3)
     plan = functools.partial(windows.plan, protocol=chosen, rule="half_pixel", canvas=canvas)
@@ -211,7 +211,7 @@ def test_a_small_canvas_changes_nothing(canvas, name):
 
 def test_the_canvas_is_filled_around_and_around():
     """Images find room before the oldest ones as well as behind the newest."""
-    chosen = protocol(scales=(0.5, 1.5))
+    chosen = small_protocol(scales=(0.5, 1.5))
     sizes = np.random.default_rng(5).integers(20, 120, (24, 2)).tolist()
     images = [example(*size, seed=i).image for i, size in enumerate(sizes)]
     made = slider(chosen, batch_size=3, lanes=2, canvas=(300, 96))
@@ -232,7 +232,7 @@ def test_images_are_read_as_they_are_needed():
             read.append(i)
             yield example(50, 80, seed=i).image
 
-    found = slider(protocol(), batch_size=2).run(images())
+    found = slider(small_protocol(), batch_size=2).run(images())
     next(found)
     assert len(read) < 5
     assert len(list(found)) == 19
@@ -242,7 +242,7 @@ def test_mixed_sizes_share_compilations():
     """Under `semseg` all of them; MATLAB's rule has more taps the more an image was enlarged."""
     sizes = np.random.default_rng(0).integers(5, 200, (12, 2)).tolist()
     for name, num_new in (("semseg", (0, 0)), ("caffe", (0, 4))):
-        made = slider(protocol(name, scales=(0.5, 1.75)), batch_size=2)
+        made = slider(small_protocol(name, scales=(0.5, 1.75)), batch_size=2)
         list(made.run(SEVERAL[:1]))
         before = add._cache_size(), make_tile._cache_size()
         list(made.run(example(*size).image for size in sizes))
@@ -252,7 +252,7 @@ def test_mixed_sizes_share_compilations():
 
 
 def test_tiles_say_how_sure_they_are():
-    image, chosen = SEVERAL[0], protocol()
+    image, chosen = SEVERAL[0], small_protocol()
     made = slider(chosen, wanted=Wanted(True, True, "float16"))
     (found,) = made.run([image])
     expected = plainly(image, chosen)

@@ -5,35 +5,31 @@ beside them; the logits are those of the goldens.
 """
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import jax
+import make_families
+import make_logits
 import numpy as np
 import pytest
-from flax import nnx
 from test_caffe_files import blob, convolution, layer, net, number, row
-from test_golden_families import CASES, OF_FILES, load, options_of
+from test_golden_families import CASES, OF_FILES, load, options_of, published_shapes
 
 import pspnet_jax
-from pspnet_jax import convert, export, pretrained, protocols
+from pspnet_jax import convert, export, protocols
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.checkpoint import CheckpointFolder
 from pspnet_jax.main import main
 from pspnet_jax.models.families import FAMILIES, ModelOptions
-from pspnet_jax.models.layers import NoRandomNumbers
 from pspnet_jax.models.pspnet import PSPNet
 from pspnet_jax.pretrained import start_from
 from pspnet_jax.stored_model import Description, StoredModel
 from pspnet_jax.train_step import split_model
 from pspnet_jax.trees import flatten
-from pspnet_jax.weights import caffe, safetensors, tables
-from pspnet_jax.weights.names import COUNTER, MisfitError, publish
+from pspnet_jax.weights import caffe, safetensors
+from pspnet_jax.weights.names import COUNTER, MisfitError
 
 from networks import options
-
-sys.path.insert(0, str(Path(__file__).parent / "goldens"))
-import make_families
 
 BUDGET_SECONDS = 240
 
@@ -62,17 +58,10 @@ def labels(tmp_path_factory):
     return str(path)
 
 
-def drawn(model_options: ModelOptions, num_classes: int = 7) -> dict[str, np.ndarray]:
+def drawn(model_options: ModelOptions) -> dict[str, np.ndarray]:
     """float32 arrays under published keys, as in the goldens."""
-    model = nnx.eval_shape(lambda: PSPNet(model_options, num_classes, rng=NoRandomNumbers()))
-    _, params, batch_stats = split_model(model)
-    leaves = flatten(params) | flatten(batch_stats)
-    table = tables.of_network(
-        model_options.family, model_options.pyramid_bins, stem=model_options.stem
-    )
-    zeros = {path: np.zeros(leaf.shape) for path, leaf in leaves.items()}
-    keys = {k: a.shape for k, a in publish(zeros, table, steps=0).items() if COUNTER not in k}
-    return {k: a.astype(np.float32) for k, a in make_families.draw(keys).items()}
+    values = make_families.draw(published_shapes(model_options, 7))
+    return {key: array.astype(np.float32) for key, array in values.items()}
 
 
 def published(name: str, folder: Path) -> tuple[list[str], dict[str, np.ndarray]]:
@@ -165,8 +154,8 @@ def test_logits_are_those_of_pytorch(name, tmp_path, labels):
         files, family=case.family, labels=labels, output=str(tmp_path / "m"), **TOLD.get(name, {})
     )
     size = case.sizes[1]
-    logits = pspnet_jax.load(output).logits(make_families.draw_images(case, size))
-    expected = golden[make_families.key(size)]
+    logits = pspnet_jax.load(output).logits(make_logits.draw_images(case, size))
+    expected = golden[make_logits.key(size)]
     found = np.asarray(logits)[:, *make_families.PIXELS]
     assert np.abs(found - expected).max() <= TOLERANCE * np.abs(expected).max()
 
@@ -288,33 +277,9 @@ def test_levels_of_caffe_are_put_into_another_order(tmp_path, labels, bins):
         for i, order in enumerate((None, bins))
     ]
     assert [s.description.model.pyramid_bins for s in segmenters] == [(6, 3, 2, 1), bins]
-    images = make_families.draw_images(CASES["caffe_resnet50"], (33, 41))[:1]
+    images = make_logits.draw_images(CASES["caffe_resnet50"], (33, 41))[:1]
     first, second = (np.asarray(segmenter.logits(images)) for segmenter in segmenters)
     np.testing.assert_allclose(second, first, atol=1e-5 * np.abs(first).max())
-
-
-def test_a_training_starts_from_the_papers_network_in_the_authors_order(tmp_path):
-    """`init_from` of a semseg network: its head takes the levels in another order than the file's."""
-    files, arrays = published("caffe_resnet50", tmp_path)
-    wanted = options(family="semseg", backbone="resnet50", aux_heads=())
-    _, params, batch_stats = split_model(PSPNet(wanted, 7, rng=np.random.default_rng(0)))
-    label_set = seven_classes(tmp_path)
-    new, _ = start_from(
-        files[0], params, batch_stats, bins=wanted.pyramid_bins, label_set=label_set
-    )
-    kernel, channels = np.asarray(new["head"]["conv"]["kernel"]), 256
-    theirs = arrays["conv5_4.0"].transpose(2, 3, 1, 0)
-    np.testing.assert_array_equal(kernel[:, :, :channels], theirs[:, :, :channels])
-    for ours, place in ((0, 3), (1, 2), (2, 1), (3, 0)):
-        there, here = (channels + 64 * i for i in (place, ours))
-        np.testing.assert_array_equal(
-            kernel[:, :, here : here + 64], theirs[:, :, there : there + 64]
-        )
-
-
-def seven_classes(folder):
-    (folder / "seven.csv").write_text(LABELS)
-    return load_label_set(str(folder / "seven.csv"))
 
 
 @pytest.mark.parametrize(("told", "wanted"), [(True, "3x3"), (False, "1x1")])
@@ -350,11 +315,9 @@ def test_only_caffes_networks_go_into_caffes_format(tmp_path, labels):
 
 @pytest.mark.parametrize("through", ["file", "folder", "export"])
 def test_levels_come_in_the_order_of_the_network_that_starts_from_them(
-    tmp_path, labels, through, monkeypatch
+    tmp_path, labels, through, said
 ):
     """And heads that the source does not have start anew; that it is of another family is told."""
-    said = []
-    monkeypatch.setattr(pretrained.log, "warning", lambda text, *values: said.append(text % values))
     files, arrays = published("caffe_resnet50", tmp_path)
     source = files[0]
     if through != "file":
@@ -373,8 +336,12 @@ def test_levels_come_in_the_order_of_the_network_that_starts_from_them(
         family="semseg",
     )
     assert "weights of the family 'caffe'" in said[0]
-    theirs = arrays["conv5_4.0"].transpose(2, 3, 1, 0)[:, :, 256 : 256 + 64]  # of six bins
-    np.testing.assert_array_equal(new["head"]["conv"]["kernel"][:, :, -64:], theirs)
+    parts = [256, 320, 384, 448]  # channels: the map, and four levels
+    ours = np.split(np.asarray(new["head"]["conv"]["kernel"]), parts, axis=2)
+    theirs = np.split(arrays["conv5_4.0"].transpose(2, 3, 1, 0), parts, axis=2)
+    assert ours[0].shape == (3, 3, 256, 64)
+    for here, there in enumerate((0, 4, 3, 2, 1)):  # bins 6, 3, 2, 1 in the file
+        np.testing.assert_array_equal(ours[here], theirs[there])
     np.testing.assert_array_equal(
         new["aux_head"]["conv"]["kernel"], params["aux_head"]["conv"]["kernel"]
     )
@@ -434,7 +401,7 @@ def test_caffes_format_is_for_the_papers_networks(overrides, tmp_path, labels):
         export._write_caffemodel(stored, tmp_path / "x.caffemodel")
 
 
-def test_backbones_of_mmsegmentation_and_for_smp(tmp_path):
+def test_backbones_of_mmsegmentation_and_for_smp(tmp_path, labels):
     """Their stems are numbered through; smp's networks leave the last stages out."""
     v1c = options(family="mmseg", backbone="resnet18")
     arrays = drawn(v1c)
@@ -444,7 +411,7 @@ def test_backbones_of_mmsegmentation_and_for_smp(tmp_path):
         path, backbone | {"fc.weight": np.ones((5, 64), np.float32)}, {"format": "pt"}
     )
     converted = convert.run([str(path)], family="mmseg", output=str(tmp_path / "b"))
-    label_set = seven_classes(tmp_path)
+    label_set = load_label_set(labels)
     for source in (path, converted):
         _, params, batch_stats = split_model(PSPNet(v1c, 7, rng=np.random.default_rng(0)))
         new, statistics = start_from(
@@ -493,10 +460,8 @@ def test_smp_cuts_off_and_never_dilates(num_stages, tmp_path, labels):
     np.testing.assert_allclose(np.asarray(segmenter.logits(images)), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_head_that_files_do_not_have_is_left_out_and_said(tmp_path, labels, monkeypatch):
-    said = []
+def test_a_head_that_files_do_not_have_is_left_out_and_said(tmp_path, labels, said, monkeypatch):
     monkeypatch.setattr(export.log, "info", lambda text, *values: said.append(text % values))
-    monkeypatch.setattr(export.log, "warning", lambda text, *values: said.append(text % values))
     model_options = options(
         family="smp", backbone="resnet18", aux_heads=("pixel",), align_corners=False
     )

@@ -5,36 +5,32 @@ here they go through the tables of names, and are computed in float64, too: only
 make a difference. Each network and size is a compilation of its own, so some are marked slow.
 """
 
-import functools
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import make_families
+import make_logits
 import numpy as np
 import pytest
 from flax import nnx
 
 from pspnet_jax.models.families import FAMILIES, ModelOptions
-from pspnet_jax.models.layers import NoRandomNumbers
-from pspnet_jax.models.pspnet import PSPNet
+from pspnet_jax.passes import Network, structure
 from pspnet_jax.resample import resize
-from pspnet_jax.train_step import normalize, split_model
+from pspnet_jax.train_step import normalize
 from pspnet_jax.trees import flatten, unflatten
 from pspnet_jax.weights import tables
-from pspnet_jax.weights.names import publish, rename
+from pspnet_jax.weights.names import COUNTER, Table, publish, rename
 
+from compiling import jit
 from networks import options
 
 GOLDENS = Path(__file__).parent / "goldens"
-sys.path.insert(0, str(GOLDENS))
-import make_families  # noqa: E402
 
 BUDGET_SECONDS = 150
 
 CASES = make_families.CASES
-# Compiling takes nearly all of the time, and without LLVM's optimization a third less.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 TOLERANCE = 2e-7  # of the largest logit: files hold float32
 # Caffe's files have no auxiliary head.
 OF_FILES = {"caffe": {"aux_heads": ()}, "mmseg": {}, "smp": {}, "csail": {}}
@@ -71,21 +67,35 @@ def options_of(case: make_families.Case, **overrides) -> ModelOptions:
     )
 
 
+def structure_of(model_options: ModelOptions, num_classes: int):
+    normalization = FAMILIES[model_options.family].normalization
+    return structure(Network(model_options, num_classes, normalization))
+
+
+def table_of(model_options: ModelOptions) -> Table:
+    bins = model_options.pyramid_bins
+    return tables.of_network(model_options.family, bins, stem=model_options.stem)
+
+
+def published_shapes(model_options: ModelOptions, num_classes: int) -> dict[str, tuple[int, ...]]:
+    """Of all that a network's files hold, by their keys, without counters."""
+    _, *trees = structure_of(model_options, num_classes)
+    zeros = {path: np.zeros(leaf.shape) for tree in trees for path, leaf in flatten(tree).items()}
+    published = publish(zeros, table_of(model_options), steps=0)
+    return {key: array.shape for key, array in published.items() if COUNTER not in key}
+
+
 def state_of(case: make_families.Case, model_options: ModelOptions):
     """Definition, parameters and statistics, drawn by published keys; and the shapes under those keys."""
-    model = nnx.eval_shape(lambda: PSPNet(model_options, case.num_classes, rng=NoRandomNumbers()))
-    graphdef, params, batch_stats = split_model(model)
-    table = tables.of_network(case.family, model_options.pyramid_bins, stem=model_options.stem)
-    leaves = [flatten(tree) for tree in (params, batch_stats)]
-    zeros = {path: np.zeros(leaf.shape) for path, leaf in (leaves[0] | leaves[1]).items()}
-    published = publish(zeros, table, steps=0)
-    shapes = {k: a.shape for k, a in published.items() if not k.endswith("num_batches_tracked")}
-    weights = rename(make_families.draw(shapes), table)
+    graphdef, *trees = structure_of(model_options, case.num_classes)
+    shapes = published_shapes(model_options, case.num_classes)
+    weights = rename(make_families.draw(shapes), table_of(model_options))
     assert not weights.unknown
-    trees = [
-        unflatten({path: jnp.asarray(weights.arrays[path]) for path in part}) for part in leaves
+    state = [
+        unflatten({path: jnp.asarray(weights.arrays[path]) for path in flatten(tree)})
+        for tree in trees
     ]
-    return graphdef, trees, shapes
+    return graphdef, state, shapes
 
 
 @pytest.mark.parametrize(("name", "i"), RUNS)
@@ -105,8 +115,8 @@ def test_logits_at_image_size(name, i):
             logits = nnx.merge(graphdef, params, batch_stats)(inputs, train=False).logits
             return resize(logits, size, align_corners=model_options.align_corners)
 
-        logits = np.asarray(evaluate(params, batch_stats, make_families.draw_images(case, size)))
-    expected = golden[make_families.key(size)]
+        logits = np.asarray(evaluate(params, batch_stats, make_logits.draw_images(case, size)))
+    expected = golden[make_logits.key(size)]
     found = logits[:, *make_families.PIXELS]
     assert found.shape == expected.shape
     assert np.abs(found - expected).max() <= TOLERANCE * np.abs(expected).max()
@@ -133,7 +143,7 @@ def test_both_heads_in_training(name):
             outputs = model(inputs, train=True, key=jax.random.key(0))
             return outputs.logits, outputs.aux_logits
 
-        images = make_families.draw_images(case, case.sizes[0])
+        images = make_logits.draw_images(case, case.sizes[0])
         found = train(*state, images)
     for logits, kind in zip(found, ("training_logits", "training_aux_logits"), strict=True):
         expected = golden[kind]
@@ -148,9 +158,8 @@ def test_numbers_of_parameters_as_published(name):
     case, golden = CASES[name], load(name)
 
     def count(**overrides) -> int:
-        model_options = options_of(case, dtype="float32", **overrides)
-        model = nnx.eval_shape(lambda: PSPNet(model_options, 150, rng=NoRandomNumbers()))
-        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+        _, params, _ = structure_of(options_of(case, dtype="float32", **overrides), 150)
+        return sum(leaf.size for leaf in jax.tree.leaves(params))
 
     assert count(width=64, aux_heads=()) == golden["num_parameters_150_main"]
     if case.family in ("mmseg", "csail"):

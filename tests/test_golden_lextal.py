@@ -1,36 +1,35 @@
 """The variant with image-level supervision agrees with PyTorch: scores, losses, gradients, statistics.
 
-The goldens are float64 values written by goldens/make_lextal.py, and so is this side computed: only a
-different formula can make a difference. Each network is one compilation; the longer ones are marked slow.
+The goldens are computed in float64 by goldens/make_lextal.py, and so is this side: only a different formula
+can make a difference. Every network is compiled for evaluation, and the quickest for a step, too; the steps of
+the others are marked slow.
 """
 
 import functools
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import make_lextal
+import make_step
 import numpy as np
 import pytest
 from flax import nnx
 
+from pspnet_jax import passes
 from pspnet_jax.losses import LossOptions, segmentation_loss
 from pspnet_jax.models.families import IMAGENET_8BIT
-from pspnet_jax.models.layers import NoRandomNumbers
-from pspnet_jax.models.pspnet import PSPNet
-from pspnet_jax.train_step import normalize, split_model
+from pspnet_jax.train_step import normalize
+
+from agreement import assert_near, difference
+from compiling import jit
 
 GOLDENS = Path(__file__).parent / "goldens"
-sys.path.insert(0, str(GOLDENS))
-import make_lextal  # noqa: E402
-import make_step  # noqa: E402
 
 BUDGET_SECONDS = 240  # the slow runs; the others take a third
 
 CASES = make_lextal.CASES
-# Compiling takes nearly all of the time, and without LLVM's optimization a third less.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 # Largest difference relative to the largest value of the tensor (losses: to the loss). They are as wide
 # as the files need, which hold float32 of all but the losses and the presence logits.
 TOLERANCES = {
@@ -40,7 +39,6 @@ TOLERANCES = {
     "gradients": 2e-7,
     "statistics": 2e-7,
 }
-EVALUATED = list(CASES)
 TRAINED = [
     "squeezenet",
     pytest.param("resnet34", marks=pytest.mark.slow),
@@ -66,10 +64,10 @@ class Network:
 
 def network(name: str) -> Network:
     case = CASES[name]
-    options = case.options(dtype="float64")
-    model = nnx.eval_shape(lambda: PSPNet(options, make_lextal.NUM_CLASSES, rng=NoRandomNumbers()))
-    graphdef, _, _ = split_model(model)
-    state = jax.tree.map(jnp.asarray, make_lextal.draw_state(case))
+    graphdef, _, _ = passes.structure(
+        passes.Network(case.options(dtype="float64"), case.num_classes, IMAGENET_8BIT)
+    )
+    state = jax.tree.map(jnp.asarray, make_step.draw_state(case))
     images, labels = map(jnp.asarray, make_lextal.draw_batch(case))
     return Network(graphdef, state, normalize(images, IMAGENET_8BIT, dtype=jnp.float64), labels)
 
@@ -113,30 +111,6 @@ def step(request) -> Step:
         return Step(load(request.param), np.asarray(losses), *by_path)
 
 
-def _assert_near(kind: str, values: dict[str, np.ndarray], golden: dict) -> None:
-    """The norm and one product of every tensor, then every value of those stored in full."""
-    differences = {}
-    summaries = zip(sorted(values), make_step.summarize(values), golden[f"{kind}s"], strict=True)
-    for path, (norm, product), (golden_norm, golden_product) in summaries:
-        if kind == "gradient" and path in make_lextal.BIASES_BEFORE_A_NORM:
-            continue
-        larger = np.maximum(abs(norm - golden_norm), abs(product - golden_product))
-        differences[path] = larger / golden_norm
-    full = {name.partition("/")[2] for name in golden if name.startswith(f"{kind}/")}
-    assert full <= set(values)
-    for path in full:
-        worst = _difference(values[path], golden[f"{kind}/{path}"])
-        differences[path] = np.maximum(differences[path], worst)
-    wrong = {path: x for path, x in differences.items() if not x <= TOLERANCES[f"{kind}s"]}
-    assert not wrong, f"{len(wrong)} of {len(differences)} {kind}s differ: {wrong}"
-
-
-def _difference(value: np.ndarray, golden: np.ndarray) -> float:
-    """Largest difference relative to the largest golden value."""
-    assert value.shape == golden.shape
-    return np.abs(value - golden).max() / np.abs(golden).max()
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_inputs_are_those_of_the_golden(name):
     np.testing.assert_allclose(
@@ -147,7 +121,7 @@ def test_inputs_are_those_of_the_golden(name):
     )
 
 
-@pytest.mark.parametrize("name", EVALUATED)
+@pytest.mark.parametrize("name", CASES)
 def test_scores_in_evaluation(name):
     golden, every = load(name), make_lextal.LOGITS_EVERY
     with jax.enable_x64(True):
@@ -164,8 +138,8 @@ def test_scores_in_evaluation(name):
         scores, presence_logits = map(np.asarray, evaluate(net.state, net.images))
     assert scores.shape[1:3] == CASES[name].size
     scores = scores[:, ::every, ::every]
-    assert _difference(scores, golden["log_probabilities"]) <= TOLERANCES["log_probabilities"]
-    assert _difference(presence_logits, golden["presence_logits"]) <= TOLERANCES["presence_logits"]
+    assert difference(scores, golden["log_probabilities"]) <= TOLERANCES["log_probabilities"]
+    assert difference(presence_logits, golden["presence_logits"]) <= TOLERANCES["presence_logits"]
 
 
 def test_losses(step):
@@ -173,7 +147,8 @@ def test_losses(step):
 
 
 def test_gradients(step):
-    _assert_near("gradient", step.gradients, step.golden)
+    tolerance, left_out = TOLERANCES["gradients"], make_lextal.BIASES_BEFORE_A_NORM
+    assert_near("gradient", step.gradients, step.golden, tolerance, left_out=left_out)
 
 
 def test_biases_before_a_norm_have_no_gradient(step):
@@ -184,4 +159,4 @@ def test_biases_before_a_norm_have_no_gradient(step):
 
 
 def test_running_statistics(step):
-    _assert_near("statistic", step.statistics, step.golden)
+    assert_near("statistic", step.statistics, step.golden, TOLERANCES["statistics"])

@@ -4,32 +4,28 @@ The goldens are float64 values written by goldens/make_logits.py; this side comp
 users do. Each depth and size is a compilation of its own, so most of the deeper ones are marked slow.
 """
 
-import functools
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import make_logits
+import make_step
 import numpy as np
 import pytest
 from flax import nnx
 
 from pspnet_jax.models.families import FAMILIES
-from pspnet_jax.models.layers import NoRandomNumbers
-from pspnet_jax.models.pspnet import PSPNet
+from pspnet_jax.passes import Network, structure
 from pspnet_jax.resample import resize
-from pspnet_jax.train_step import normalize, split_model
+from pspnet_jax.train_step import normalize
+
+from compiling import jit
 
 GOLDENS = Path(__file__).parent / "goldens"
-sys.path.insert(0, str(GOLDENS))
-import make_logits  # noqa: E402
-import make_step  # noqa: E402
 
 BUDGET_SECONDS = 120
 
 CASES = make_logits.CASES
-# Compiling takes most of the time: LLVM is not asked to optimize.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 TOLERANCE = 5e-6  # largest difference relative to the largest logit
 # All sizes of the shallowest network, and of the others the one that bin 1 alone divides.
 FAST = {("resnet50", size) for size in make_logits.SIZES}
@@ -49,12 +45,12 @@ def load(name: str) -> dict[str, np.ndarray]:
 def logits_of(case: make_logits.Case, images: np.ndarray) -> np.ndarray:
     """Of evaluation in float32, at image size."""
     options = case.options(dtype="float32")
-    model = nnx.eval_shape(lambda: PSPNet(options, case.num_classes, rng=NoRandomNumbers()))
-    graphdef, _, _ = split_model(model)
+    normalization = FAMILIES["semseg"].normalization
+    graphdef, _, _ = structure(Network(options, case.num_classes, normalization))
 
     @jit
     def evaluate(params, batch_stats, images):
-        inputs = normalize(images, FAMILIES["semseg"].normalization, dtype=jnp.float32)
+        inputs = normalize(images, normalization, dtype=jnp.float32)
         outputs = nnx.merge(graphdef, params, batch_stats)(inputs, train=False)
         return resize(outputs.logits, images.shape[1:3], align_corners=options.align_corners)
 

@@ -1,18 +1,17 @@
 """Two training steps agree with PyTorch: logits, losses, gradients, running statistics, movements.
 
-The goldens are float64 values written by goldens/make_step.py. In float64 only a different formula
-can make a difference, so there the tolerances are tight; float32 is what users run. Each network is
-compiled in one of them; the other pairs are marked slow.
+The goldens are computed in float64 by goldens/make_step.py. In float64 only a different formula
+can make a difference, so there the tolerances are tight; float32 is what users run. Compiling takes
+minutes: one network in each of them is always run, the other pairs are marked slow.
 """
 
 import contextlib
-import functools
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import make_step
 import numpy as np
 import optax
 import pytest
@@ -26,15 +25,14 @@ from pspnet_jax.optimizer import poly_schedule, sgd
 from pspnet_jax.resample import resize
 from pspnet_jax.train_step import create_train_state, make_train_step, normalize, split_model
 
+from agreement import assert_near, difference
+from compiling import jit
+
 GOLDENS = Path(__file__).parent / "goldens"
-sys.path.insert(0, str(GOLDENS))
-import make_step  # noqa: E402
 
 BUDGET_SECONDS = 480  # the slow runs; the others take a tenth
 
 CASES = make_step.CASES
-# Compiling takes nearly all of the time, and without LLVM's optimization a third less.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 # Largest difference relative to the largest value of the tensor (losses: to the loss). In float64
 # they are as wide as the files, which hold float32, and the learning rate, which is computed in
 # float32, need. The second step in float32 starts from parameters that already differ.
@@ -138,26 +136,6 @@ def _logits(model: PSPNet, params: dict, batch_stats: dict, images: np.ndarray) 
     return np.asarray(evaluate(params, batch_stats, images))[:, ::every, ::every]
 
 
-def _difference(value: np.ndarray, golden: np.ndarray) -> float:
-    """Largest difference relative to the largest golden value."""
-    return np.abs(value - golden).max() / np.abs(golden).max()
-
-
-def _assert_near(kind: str, values: dict[str, np.ndarray], golden: dict, tolerance: float) -> None:
-    """The norm and one product of every tensor, then every value of those stored in full."""
-    differences = {}
-    summaries = zip(sorted(values), make_step.summarize(values), golden[f"{kind}s"], strict=True)
-    for path, (norm, product), (golden_norm, golden_product) in summaries:
-        larger = np.maximum(abs(norm - golden_norm), abs(product - golden_product))
-        differences[path] = larger / golden_norm
-    for path in values:
-        if f"{kind}/{path}" in golden:
-            worst = _difference(values[path], golden[f"{kind}/{path}"])
-            differences[path] = np.maximum(differences[path], worst)
-    wrong = {path: x for path, x in differences.items() if not x <= tolerance}
-    assert not wrong, f"{len(wrong)} of {len(differences)} {kind}s differ: {wrong}"
-
-
 def test_inputs_are_those_of_the_golden():
     for name, case in CASES.items():
         with np.load(GOLDENS / f"step_{name}.npz") as golden:
@@ -170,7 +148,7 @@ def test_inputs_are_those_of_the_golden():
 
 
 def test_logits(run):
-    assert _difference(run.logits, run.golden["logits"]) <= run.tolerances["logits"]
+    assert difference(run.logits, run.golden["logits"]) <= run.tolerances["logits"]
 
 
 def test_losses(run):
@@ -178,12 +156,12 @@ def test_losses(run):
 
 
 def test_gradients(run):
-    _assert_near("gradient", run.gradients, run.golden, run.tolerances["gradients"])
+    assert_near("gradient", run.gradients, run.golden, run.tolerances["gradients"])
 
 
 def test_running_statistics(run):
-    _assert_near("statistic", run.statistics, run.golden, run.tolerances["statistics"])
+    assert_near("statistic", run.statistics, run.golden, run.tolerances["statistics"])
 
 
 def test_parameters_after_two_steps(run):
-    _assert_near("movement", run.movements, run.golden, run.tolerances["movements"])
+    assert_near("movement", run.movements, run.golden, run.tolerances["movements"])

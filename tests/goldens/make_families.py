@@ -6,11 +6,12 @@ in an environment with this package and torch; the test that reads the files nee
 
 * Parameters and running statistics are drawn by the keys of the published files (`draw`), so that a
   reader needs only keys and shapes. CSAIL's two files share no key and count as one.
+* Images are drawn, and logits named, as in make_logits.py.
 * Each file holds, computed in float64 and stored in float32, logits at image size in evaluation for a
   size whose map every bin divides and for one where most do not; of networks with an auxiliary head also the
   logits of both heads at head resolution in training mode, with batch statistics and without dropout.
 * `num_parameters_150` are the trainable scalars of the same network at width 64 with 150 classes: those that
-  take part (with the auxiliary head); `..._main` without the auxiliary head; `..._file` all in the file.
+  take part (with the auxiliary head); `..._main` without the auxiliary head.
 * The torch side is `experiments/families_torch.py` and `caffe_torch.py`, which
   `experiments/compare_families_torch.py` holds to the original code.
 """
@@ -133,16 +134,6 @@ def is_auxiliary(key: str) -> bool:
     return _AUX.fullmatch(key) is not None
 
 
-def draw_images(case: Case, size: tuple[int, int]) -> np.ndarray:
-    """Images u8[batch, height, width, 3], as in make_logits.py."""
-    return make_logits.draw_images(case, size)
-
-
-def key(size: tuple[int, int]) -> str:
-    """Under which the file holds the logits of images of a size, in evaluation at image size."""
-    return make_logits.key(size)
-
-
 def fingerprint(case: Case, shapes: Mapping[str, tuple[int, ...]]) -> np.ndarray:
     """Sums over all inputs: tells a changed random stream from a changed network.
 
@@ -150,7 +141,7 @@ def fingerprint(case: Case, shapes: Mapping[str, tuple[int, ...]]) -> np.ndarray
         shapes: by key, of all that takes part, with the auxiliary head.
     """
     state = [np.abs(array).sum() for _, array in sorted(draw(shapes).items())]
-    images = [draw_images(case, size).sum(dtype=np.int64) for size in case.sizes]
+    images = [make_logits.draw_images(case, size).sum(dtype=np.int64) for size in case.sizes]
     return np.array([sum(state), *images])
 
 
@@ -197,7 +188,7 @@ def count_parameters(case: Case) -> dict[str, np.ndarray]:
     sizes = {k: x.numel() for k, x in published(case, dict(model.named_parameters())).items()}
     used = {k: size for k, size in sizes.items() if takes_part(case, k)}
     main = {k: size for k, size in used.items() if not is_auxiliary(k)}
-    counts = {"": used, "_main": main, "_file": sizes}
+    counts = {"": used, "_main": main}
     return {f"num_parameters_150{name}": np.array(sum(x.values())) for name, x in counts.items()}
 
 
@@ -208,8 +199,8 @@ def run_torch(case: Case) -> dict[str, np.ndarray]:
     model = torch_network(case, width=case.width, num_classes=case.num_classes).double().eval()
     state = published(case, model.state_dict())
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    for key_, array in draw(shapes).items():
-        state[key_].copy_(torch.from_numpy(array))  # a view of the network's own
+    for key, array in draw(shapes).items():
+        state[key].copy_(torch.from_numpy(array))  # a view of the network's own
     golden = {
         "fingerprint": fingerprint(case, {k: x for k, x in shapes.items() if takes_part(case, k)}),
         **count_parameters(case),
@@ -220,12 +211,14 @@ def run_torch(case: Case) -> dict[str, np.ndarray]:
 
     with torch.no_grad():
         for size in case.sizes:
-            images = torch.from_numpy(draw_images(case, size)).permute(0, 3, 1, 2)
+            images = torch.from_numpy(make_logits.draw_images(case, size)).permute(0, 3, 1, 2)
             found = model(images)
             logits = found if case.family == "caffe" else found.logits
-            golden[key(size)] = stored(model.at_image_size(logits, size), PIXELS)
+            golden[make_logits.key(size)] = stored(model.at_image_size(logits, size), PIXELS)
         if any(map(is_auxiliary, shapes)):
-            images = torch.from_numpy(draw_images(case, case.sizes[0])).permute(0, 3, 1, 2)
+            images = torch.from_numpy(make_logits.draw_images(case, case.sizes[0])).permute(
+                0, 3, 1, 2
+            )
             scores = model.train()(images)
             golden["training_logits"] = stored(scores.logits, MAP_PIXELS)
             golden["training_aux_logits"] = stored(scores.aux_logits, MAP_PIXELS)

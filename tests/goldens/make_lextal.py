@@ -17,13 +17,9 @@ from typing import TYPE_CHECKING
 
 import make_step
 import numpy as np
-from flax import nnx
 
 from pspnet_jax.config import default_config
 from pspnet_jax.models.families import ModelOptions
-from pspnet_jax.models.layers import NoRandomNumbers
-from pspnet_jax.models.pspnet import PSPNet
-from pspnet_jax.train_step import split_model
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +42,7 @@ class Case:
     params: tuple[str, ...]
     statistics: tuple[str, ...]
     width: int = 8
+    num_classes: int = NUM_CLASSES
     batch_size: int = 3
     batch_draw: int = 0
 
@@ -152,15 +149,6 @@ CASES = {
 }
 
 
-def draw_state(case: Case) -> tuple[dict, dict]:
-    """Parameters and running statistics as nested dictionaries, float64."""
-    model = nnx.eval_shape(
-        lambda: PSPNet(case.options(dtype="float32"), NUM_CLASSES, rng=NoRandomNumbers())
-    )
-    _, params, batch_stats = split_model(model)
-    return make_step.draw_tree(params), make_step.draw_tree(batch_stats)
-
-
 def draw_batch(case: Case) -> tuple[np.ndarray, np.ndarray]:
     """Images and labels as in make_step.py, but four classes in each image: three are not present."""
     images, labels = make_step.draw_batch(case)
@@ -177,7 +165,7 @@ def class_weights() -> np.ndarray:
 
 def fingerprint(case: Case) -> np.ndarray:
     """Sums over all inputs, as in make_step.py."""
-    return make_step.sums(*draw_state(case), *draw_batch(case))
+    return make_step.sums(*make_step.draw_state(case), *draw_batch(case))
 
 
 def run_torch(case: Case) -> dict[str, np.ndarray]:
@@ -186,7 +174,7 @@ def run_torch(case: Case) -> dict[str, np.ndarray]:
     import pspnet_torch
     import torch
 
-    params, batch_stats = draw_state(case)
+    params, batch_stats = make_step.draw_state(case)
     model = lextal_torch.PSPNet(
         case.backbone, NUM_CLASSES, width=case.width, bins=BINS, dropout_rates=(0.0, 0.0)
     ).double()

@@ -21,10 +21,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pspnet_jax import passes
 from pspnet_jax.config import default_config
-from pspnet_jax.models.families import ModelOptions
-from pspnet_jax.models.pspnet import PSPNet
-from pspnet_jax.train_step import split_model
+from pspnet_jax.models.families import IMAGENET_8BIT, ModelOptions
 
 if TYPE_CHECKING:
     import pspnet_torch
@@ -216,10 +215,10 @@ def draw_tree(tree: Mapping, prefix: str = "") -> dict:
 
 def draw_state(network: Network) -> tuple[dict, dict]:
     """Parameters and running statistics of a network as nested dictionaries, float64."""
-    model = PSPNet(
-        network.options(dtype="float32"), network.num_classes, rng=np.random.default_rng(0)
+    options = network.options(dtype="float32")
+    _, params, batch_stats = passes.structure(
+        passes.Network(options, network.num_classes, IMAGENET_8BIT)
     )
-    _, params, batch_stats = split_model(model)
     return draw_tree(params), draw_tree(batch_stats)
 
 

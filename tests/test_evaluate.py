@@ -5,7 +5,6 @@ import html.parser
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +15,6 @@ import cv2
 import jax
 import numpy as np
 import pytest
-from compiling import compilations
 
 from pspnet_jax import evaluate, report
 from pspnet_jax.arrays import IGNORE_LABEL
@@ -24,18 +22,19 @@ from pspnet_jax.catalog import LabelSet, load_label_set
 from pspnet_jax.checkpoint import CheckpointFolder
 from pspnet_jax.config import to_json
 from pspnet_jax.metrics import ImageScore, confusion_matrix
-from pspnet_jax.models.families import IMAGENET_8BIT
 from pspnet_jax.parallel import make_mesh
 from pspnet_jax.protocols import PROTOCOLS, choose, override
 from pspnet_jax.report_html import page
 from pspnet_jax.report_text import protocol_words
 from pspnet_jax.segmenter import Prediction, Provenance, Segmenter
-from pspnet_jax.stored_model import Description, model_part
+from pspnet_jax.stored_model import model_part
 from pspnet_jax.train_step import split_model
 
 import tiny_config
-from networks import network, options
+from compiling import compilations
+from networks import description, network, segmenter
 from pictures import ExampleSource, example, write_split
+from training import finish, free_port
 
 BUDGET_SECONDS = 60
 
@@ -412,7 +411,7 @@ def test_panels_are_spread_over_the_split():
     assert report.panel_indices(2) == [0, 1]
 
 
-def test_void_of_the_truth_is_black_in_the_prediction(tmp_path):
+def test_void_of_the_truth_is_black_in_the_prediction():
     made = example(60, 60)
     labels = made.labels.copy()
     labels[:, :30] = IGNORE_LABEL
@@ -454,9 +453,8 @@ def test_two_processes_find_what_one_finds(tmp_path):
     write_split(tmp_path / "data", "val", 4, size=(30, 40))
     run = tmp_path / "run"
     folder = CheckpointFolder(run / "checkpoints")
-    description = Description(options(), CAMVID, IMAGENET_8BIT, choose("whole", CAMVID))
     _, params, batch_stats = split_model(network(CAMVID.num_classes))
-    folder.save(3, {"model": model_part(description, params, batch_stats)}, mean_iou=None)
+    folder.save(3, {"model": model_part(description(), params, batch_stats)}, mean_iou=None)
     folder.wait()
     config = default_tiny(tmp_path / "data")
     (run / "config.json").write_text(config)
@@ -489,9 +487,7 @@ def default_tiny(root):
 
 def start_processes(count, run, output):
     """What each of `count` processes prints."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
         "JAX_PLATFORMS": "cpu",
@@ -501,15 +497,14 @@ def start_processes(count, run, output):
             [sys.executable, "-c", _PROCESS, *map(str, (port, i, count, run, f"{output}_{i}"))],
             env=environment,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
         )
         for i in range(count)
     ]
-    outputs = [process.communicate(timeout=120) for process in processes]
-    for process, (_, error) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, error
-    return [printed for printed, _ in outputs]
+    ended = finish(processes)
+    assert [code for code, _ in ended] == [0] * count, ended
+    return [text for _, text in ended]
 
 
 @pytest.mark.slow
@@ -517,21 +512,16 @@ def test_200_sizes_on_one_and_on_eight_devices():
     """The same counts, every image once, and nothing compiled after the first image."""
     sizes = np.random.default_rng(0).integers(20, 400, (200, 2)).tolist()
     source = ExampleSource(200, sizes=sizes)
-    _, params, batch_stats = split_model(network(CAMVID.num_classes))
-    params["head"]["classifier"]["kernel"] = 40 * params["head"]["classifier"]["kernel"]
-    description = Description(options(), CAMVID, IMAGENET_8BIT, choose("semseg", CAMVID))
     protocol = override(
         choose("semseg", CAMVID), crop_size=(65, 65), base_size=96, scales=(0.5, 1.0, 1.5)
     )
     found = []
     for devices in (jax.devices()[:1], jax.devices()):
-        segmenter = Segmenter(
-            description, params, batch_stats, provenance=PROVENANCE, mesh=make_mesh(devices)
-        )
+        made = segmenter(sureness=40, mesh=make_mesh(devices))
         passes = {"protocol": protocol, "batch_size": 2 * len(devices)}
-        evaluate.evaluate(segmenter, ExampleSource(1), **passes)
+        evaluate.evaluate(made, ExampleSource(1), **passes)
         with compilations() as compiled:
-            found.append(evaluate.evaluate(segmenter, source, **passes))
+            found.append(evaluate.evaluate(made, source, **passes))
         assert compiled == []
     one, eight = found
     assert len(np.flatnonzero(one.confusion.sum(axis=0))) > 1

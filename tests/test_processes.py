@@ -1,13 +1,9 @@
 """Several processes: found in the environment, one training, one end."""
 
-import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +11,10 @@ import pytest
 from pspnet_jax import processes
 from pspnet_jax.checkpoint import CheckpointFolder
 
+from training import ENDLESS, SHORT, finish, free_port, rows, start, start_two, wait_for_step
+
 BUDGET_SECONDS = 240
 
-ROOT = Path(__file__).parent.parent
 SLURM = {
     "SLURM_JOB_ID": "7",
     "SLURM_STEP_NODELIST": "node[1-2]",
@@ -62,73 +59,6 @@ def test_unknown_modes_and_numbers_are_refused(monkeypatch):
         processes.meet("auto")
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
-def start(
-    data, workdir, *, index=0, count=1, devices=2, port=0, before="", **options
-) -> subprocess.Popen:
-    """One process of a training of the tiny network; `before`: Python that runs in it first."""
-    environment = os.environ | {
-        # Compiled in half the time.
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-        "--xla_backend_optimization_level=0",
-        "JAX_PLATFORMS": "cpu",
-    }
-    if count > 1:
-        environment |= {
-            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-            "JAX_NUM_PROCESSES": str(count),
-            "JAX_PROCESS_ID": str(index),
-        }
-    return subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            f"{before}\nimport os, sys\nos.execv(sys.executable, [sys.executable, *sys.argv[1:]])",
-            "-m",
-            "pspnet_jax.main",
-            f"--config={ROOT / 'tests' / 'tiny_config.py'}",
-            f"--config.data.root={data}",
-            f"--workdir={workdir}",
-            *(f"--config.{name.replace('__', '.')}={value}" for name, value in options.items()),
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-        cwd=ROOT,
-        start_new_session=True,
-    )
-
-
-def start_two(data, workdir, **options) -> list[subprocess.Popen]:
-    port = free_port()
-    return [start(data, workdir, index=i, count=2, port=port, **options) for i in range(2)]
-
-
-def finish(running, *, seconds=180) -> list[tuple[int, str]]:
-    """Exit code and output of each; none outlives the test."""
-    try:
-        outputs = [process.communicate(timeout=seconds)[0] for process in running]
-        return [(process.returncode, text) for process, text in zip(running, outputs, strict=True)]
-    finally:
-        for process in running:
-            process.kill()
-
-
-def rows(workdir) -> list[dict]:
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "timing"} for line in lines]
-
-
-# The learning rate does not depend on the last step; one evaluation.
-SHORT = {"optimizer__schedule": "multistep", "train__evaluate_every_steps": 6}
-
-
 @pytest.fixture(scope="module")
 def one(data, tmp_path_factory):
     """Six steps of one process with four devices."""
@@ -170,23 +100,6 @@ def test_a_run_goes_on_with_fewer_devices(data, one, tmp_path):
         assert f" {devices} x cpu" in text
     found, expected = ([r for r in rows(folder) if "loss" in r] for folder in (tmp_path, one))
     check_same_training(found, expected)
-
-
-def wait_for_step(workdir, step, *, seconds=180):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        path = workdir / "metrics.jsonl"
-        if path.exists() and any(row["step"] >= step for row in rows(workdir)):
-            return
-        time.sleep(0.1)
-    raise TimeoutError(f"no step {step} within {seconds} s")
-
-
-ENDLESS = {
-    "train__num_steps": 100_000,
-    "train__evaluate_every_steps": 1_000_000,
-    "train__checkpoint_every_steps": 1_000_000,
-}
 
 
 def test_told_one_both_save_the_same_step_and_end(data, tmp_path):

@@ -6,10 +6,11 @@ import signal
 import time
 
 import pytest
-from test_processes import ENDLESS, finish, rows, start, wait_for_step
 
 from pspnet_jax.checkpoint import CheckpointFolder
 from pspnet_jax.termination import Terminated, Termination
+
+from training import ENDLESS, finish, rows, start, wait_for_step
 
 BUDGET_SECONDS = 120
 

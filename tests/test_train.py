@@ -18,6 +18,7 @@ from pspnet_jax.skipped_steps import NotFiniteError
 from pspnet_jax.train import train
 
 from tiny_config import get_config
+from training import rows
 
 BUDGET_SECONDS = 300
 
@@ -37,12 +38,6 @@ def finished(data, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     train(tiny(data), workdir)
     return workdir
-
-
-def rows(workdir):
-    """metrics.jsonl without what depends on the clock."""
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "timing"} for line in lines]
 
 
 def digests(workdir, step):
@@ -215,13 +210,12 @@ def test_workers_do_not_change_the_run(finished, data, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_run_ends_the_same(finished, data, tmp_path):
-    train(tiny(data), tmp_path)
-    folder = CheckpointFolder(tmp_path / "checkpoints")
-    damage(folder, 6)
-    train(tiny(data), tmp_path)
-    assert (tmp_path / "checkpoints/00000006.corrupt").is_dir()
-    assert digests(tmp_path, 6) == digests(finished, 6)
-    assert rows(tmp_path) == rows(finished)
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    damage(CheckpointFolder(workdir / "checkpoints"), 6)
+    train(tiny(data), workdir)
+    assert (workdir / "checkpoints/00000006.corrupt").is_dir()
+    assert digests(workdir, 6) == digests(finished, 6)
+    assert rows(workdir) == rows(finished)
 
 
 def damage(folder, step):
@@ -263,15 +257,15 @@ def test_an_end_between_report_and_score_leaves_no_row_twice(finished, data, tmp
     assert len({folder.record(4).mean_iou for folder in folders}) == 1
 
 
-def test_where_no_checkpoint_can_be_read_nothing_is_started_anew(data, tmp_path):
-    train(tiny(data, train__num_steps=4), tmp_path)
-    folder = CheckpointFolder(tmp_path / "checkpoints")
-    steps, before = folder.steps(), rows(tmp_path)
+def test_where_no_checkpoint_can_be_read_nothing_is_started_anew(finished, data, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    folder = CheckpointFolder(workdir / "checkpoints")
+    steps, before = folder.steps(), rows(workdir)
     for step in steps:
         damage(folder, step)
     with pytest.raises(CorruptCheckpointError, match="move the folder away to start anew"):
-        train(tiny(data, train__num_steps=4), tmp_path)
-    assert (folder.steps(), rows(tmp_path)) == (steps, before)
+        train(tiny(data), workdir)
+    assert (folder.steps(), rows(workdir)) == (steps, before)
 
 
 def test_fewer_steps_than_were_taken_are_refused(finished, data):
@@ -301,9 +295,9 @@ def test_another_network_in_the_folder_is_refused_and_nothing_is_lost(finished, 
 
 
 def test_changed_options_are_said(finished, data, tmp_path):
-    train(tiny(data, train__num_steps=2), tmp_path)
-    train(tiny(data, train__num_steps=4), tmp_path)
-    assert "train.num_steps: 2 -> 4" in (tmp_path / "log.txt").read_text()
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    train(tiny(data, train__log_every_steps=3), workdir)
+    assert "train.log_every_steps: 2 -> 3" in (workdir / "log.txt").read_text()
 
 
 @pytest.mark.parametrize(
@@ -384,8 +378,7 @@ def test_milestones_that_meet_become_one(data):
 @pytest.mark.slow
 def test_going_on_with_other_weight_decay_and_an_older_config(finished, data, tmp_path):
     """The optimizer's state does not depend on it; options that did not exist are not reported."""
-    workdir = tmp_path / "run"
-    shutil.copytree(finished, workdir)
+    workdir = shutil.copytree(finished, tmp_path / "run")
     stored = json.loads((workdir / "config.json").read_text())
     for section, name in (("loss", "label_smoothing"), ("train", "accumulate_steps")):
         del stored[section][name]

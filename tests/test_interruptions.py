@@ -1,4 +1,8 @@
-"""The three scripts of experiments/ that attack a training and its files, for seconds instead of hours."""
+"""The three scripts of experiments/ that attack a training and its files, for seconds instead of hours.
+
+What two of them hold in general is held case by case in test_train, test_full_disk, test_folder_lock and
+test_checkpoint, so they are marked slow: python -m pytest -m slow tests/test_interruptions.py.
+"""
 
 import json
 import subprocess
@@ -23,6 +27,7 @@ def run_script(name, output, *arguments) -> dict:
     return json.loads((output / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_training_that_is_killed_again_and_again_loses_nothing(tmp_path):
     arguments = ("--interruptions=2", "--ways=full,kill", "--in_turn", "--seed=3")
     found = run_script("interruptions", tmp_path, *arguments, "--longest_seconds=1")

@@ -82,12 +82,15 @@ def test_a_minimum_that_cannot_be_is_refused():
         validate(config)
 
 
-def test_config_file_is_read_as_by_the_command_line(tmp_path):
+def test_config_file_is_read(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
         "from pspnet_jax.config import default_config\n\n\n"
         "def get_config():\n    config = default_config()\n    config.name = 'mine'\n    return config\n"
     )
     assert load(path).name == "mine"
+    with pytest.raises(FileNotFoundError, match=r"mine\.txt: there is no such file"):
+        load(path.with_suffix(".txt"))
+    path.rename(path.with_suffix(".txt"))
     with pytest.raises(ValueError, match=r"mine\.txt is no Python file"):
         load(path.with_suffix(".txt"))

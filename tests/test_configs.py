@@ -1,13 +1,12 @@
 """Every config file makes a valid run; its docstring says what a reader wants to know."""
 
 import ast
-import importlib.util
 from pathlib import Path
 
 import pytest
 
 from pspnet_jax.catalog import load_label_set
-from pspnet_jax.config import validate
+from pspnet_jax.config import load, validate
 from pspnet_jax.data import transforms
 from pspnet_jax.models.families import FAMILIES, ModelOptions, check_size
 
@@ -16,19 +15,12 @@ BUDGET_SECONDS = 20
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
 
-def read(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
-
-
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_makes_a_valid_network(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where folder_resnet50 looks for mine.csv
     rows = ["id,name,red,green,blue,raw_ids", "0,ground,120,100,80,0", "1,house,200,60,60,1"]
     (tmp_path / "mine.csv").write_text("\n".join(rows))
-    config = read(path)
+    config = load(path)
     validate(config)
     label_set = load_label_set(config.data.labels)
     options = ModelOptions.resolve(config.model.to_dict())
@@ -63,7 +55,7 @@ def path_of(data, depth):
 @pytest.mark.parametrize(("data", "depth"), AUTHORS)
 def test_it_is_the_authors_recipe(data, depth):
     num_epochs, num_images, _ = AUTHORS[data, depth]
-    config = read(path_of(data, depth))
+    config = load(path_of(data, depth))
     assert config.name == f"{data}_resnet{depth}"
     assert (config.data.layout, config.data.labels) == (data, data)
     options = ModelOptions.resolve(config.model.to_dict())
@@ -128,7 +120,7 @@ def test_docstring_says_what_to_expect_and_on_what(path):
 
 
 def test_the_recipe_of_mmsegmentation():
-    config = read(CONFIGS[0].parent / "ade20k_resnet50_mmseg.py")
+    config = load(CONFIGS[0].parent / "ade20k_resnet50_mmseg.py")
     optimizer = config.optimizer
     assert (optimizer.learning_rate, optimizer.minimum_learning_rate) == (0.01, 1e-4)
     assert (optimizer.weight_decay, optimizer.momentum, optimizer.power) == (5e-4, 0.9, 0.9)
@@ -141,7 +133,7 @@ def test_the_recipe_of_mmsegmentation():
 
 
 def test_the_recipe_of_the_paper():
-    config = read(CONFIGS[0].parent / "ade20k_resnet50_caffe.py")
+    config = load(CONFIGS[0].parent / "ade20k_resnet50_caffe.py")
     options = ModelOptions.resolve(config.model.to_dict())
     assert (options.bottleneck_stride, options.dropout_kind) == ("1x1", "element")
     assert (config.loss.resolution, config.optimizer.decay_norm_and_bias) == ("eighth", False)

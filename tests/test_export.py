@@ -261,3 +261,14 @@ def test_full_size(side):
     images = images_of(1, side, side)
     found = reloaded(stored, platforms=export.PLATFORMS).call(images)
     assert_equal_logits(found, segmenter_of(stored).logits(images))
+
+
+@pytest.mark.parametrize("format", ["safetensors", "caffemodel"])
+def test_networks_without_published_names_are_told_where_to_go(tmp_path, monkeypatch, format):
+    stored = stored_model(backbone="squeezenet", family="caffe")
+    monkeypatch.setattr(export.stored_model, "read", lambda *_, **__: stored)
+    target = tmp_path / "x"
+    with pytest.raises(ValueError, match="no table of published names for PSPNets on squeezenet"):
+        export.run("anywhere", format=format, output=str(target))
+    export.run("anywhere", format="pspnet_jax", output=str(target))
+    assert target.is_file()

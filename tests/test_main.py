@@ -57,12 +57,20 @@ def test_evaluate_uses_the_runs_own_data(run):
     assert after["checkpoint"]["digest"] == before["checkpoint"]["digest"]
 
 
-def test_evaluate_takes_options(run, data, tmp_path):
+def test_evaluate_takes_options(run, data, tmp_path, capsys):
     argv = [f"--checkpoint={run}", f"--config={CONFIG}", f"--config.data.root={data}"]
     argv += ["--split=train", "--noflip", "--step=latest"]
     assert main(["evaluate", *argv]) == 0
     assert (run / "evaluation/00000002-train-whole-noflip/report.json").is_file()
+    capsys.readouterr()
     assert main(["evaluate", *argv, f"--output={tmp_path}"]) == 0
+    printed = capsys.readouterr().out
+    for line in (
+        "report: {}/report.html",
+        "tables: {}/report.md",
+        "picture: {}/panels/overview.png",
+    ):
+        assert line.format(tmp_path) in printed
     report = json.loads((tmp_path / "report.json").read_text())
     where = {"source": "folder", "layout": "camvid", "root": str(data)}
     assert report["data"] == {"labels": "camvid", "split": "train", "num_images": 5, **where}
@@ -205,6 +213,18 @@ def test_evaluating_on_another_label_set_is_refused(capsys, tmp_path, run):
     )
     argv = ["evaluate", f"--checkpoint={run}", f"--config={other}"]
     assert "data.labels=ade20k has 150 classes" in fails(capsys, argv, code=1)
+
+
+@pytest.mark.parametrize("mistake", ["config.train.num_stpes = 3", "config.train['num_stpes'] = 3"])
+def test_a_misspelt_option_in_a_config_file_is_a_sentence(capsys, tmp_path, mistake):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from pspnet_jax.config import default_config\n"
+        f"def get_config():\n    config = default_config()\n    {mistake}\n    return config\n"
+    )
+    text = fails(capsys, [f"--config={path}"], code=2)
+    assert text.startswith('error: Key "num_stpes" does not exist')
+    assert "\\" not in text
 
 
 def test_help(capsys):

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.extend.core
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pspnet_jax.models.densenet import DenseNet
+from pspnet_jax.models.backbones import BACKBONES
 from pspnet_jax.models.families import ModelOptions, check_size
 from pspnet_jax.models.layers import (
     TORCH_DEFAULT,
@@ -24,8 +25,7 @@ from pspnet_jax.models.layers import (
 )
 from pspnet_jax.models.pspnet import PSPNet, is_head
 from pspnet_jax.models.pyramid import PresenceHead, ProgressiveHead, Pyramid, PyramidPooling
-from pspnet_jax.models.resnet import ResNet, stage_strides
-from pspnet_jax.models.squeezenet import SqueezeNet
+from pspnet_jax.models.resnet import DEPTHS, stage_strides
 from pspnet_jax.resample import resize
 from pspnet_jax.train_step import split_model
 
@@ -96,20 +96,17 @@ def test_parameter_counts_of_backbones(backbone, plain, deep):
         assert count(nnx.state(model.backbone, nnx.Param)) == expected
 
 
-def other_backbone(name, *, width=8, rng=None, **options) -> DenseNet | SqueezeNet:
-    """DenseNet or SqueezeNet."""
-    bound = {
-        "remat": False,
-        "dtype": jnp.float32,
-        "rng": rng or np.random.default_rng(0),
-        **options,
-    }
-    if name == "squeezenet":
-        return SqueezeNet(name, width=width, **bound)
-    return DenseNet(name, width=width, **{"frozen_norm": False, **bound})
+def other_backbone(name, *, width=8, rng=None, remat=False) -> Any:
+    """A backbone that is no ResNet, by its row."""
+    kind = BACKBONES[name]
+    of_norms = {"frozen_norm": False, "norm_momentum": 0.1}
+    options = {option: of_norms[option] for option in kind.takes}
+    rng = rng or np.random.default_rng(0)
+    make: Any = kind.make
+    return make(name, width=width, remat=remat, dtype=jnp.float32, rng=rng, **options)
 
 
-OTHERS = ("densenet121", "squeezenet")
+OTHERS = [name for name in BACKBONES if name not in DEPTHS]
 
 
 # torchvision's counts without the classifier, DenseNet's without the last norm (2,048) as well.
@@ -163,9 +160,10 @@ def test_densenet_dilates_nothing_and_ends_with_its_last_layer():
     assert halved == [True, False, False]
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_widths_that_cannot_be_divided_are_refused(name):
-    width, nearest = {"densenet121": (9, "8, 10"), "squeezenet": (10, "8, 12")}[name]
+@pytest.mark.parametrize(
+    ("name", "width", "nearest"), [("densenet121", 9, "8, 10"), ("squeezenet", 10, "8, 12")]
+)
+def test_widths_that_cannot_be_divided_are_refused(name, width, nearest):
     with pytest.raises(ValueError, match=rf"width={width} of {name} must be .* {nearest}\)"):
         other_backbone(name, width=width)
 
@@ -250,7 +248,7 @@ def test_size_of_features(output_stride, side):
     assert outputs.logits.shape == (2, side, side, 5)
 
 
-def dilations(model: ResNet, stage: int):
+def dilations(model: Any, stage: int):
     blocks = [getattr(model, f"layer{stage}_{i}") for i in range(model.num_blocks[stage - 1])]
     return [(block.conv1.dilation, block.conv2.dilation) for block in blocks]
 
@@ -484,7 +482,7 @@ def test_half_precision_sums_nothing(side, platform, overrides):
     assert jnp.dtype("bfloat16") not in summed
 
 
-def backbone(name, *, remat) -> ResNet | DenseNet | SqueezeNet:
+def backbone(name, *, remat) -> Any:
     if name in OTHERS:
         return other_backbone(name, remat=remat)
     return network(backbone=name, remat=remat).backbone

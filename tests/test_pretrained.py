@@ -119,7 +119,7 @@ def test_the_stem_of_torchvision_does_not_fit_the_deep_one(tmp_path):
         ({"backbone": "resnet101"}, r"layer3.10.conv1.weight is missing"),
         (
             {"backbone": "resnet18", "stem": "7x7"},
-            r"\(3, 4, 6, 3\) blocks of 3 convolutions, the network's \(2, 2, 2, 2\) of 2: another depth",
+            r"\(3, 4, 6, 3\) blocks of 3 convolutions, the network's \(2, 2, 2, 2\) of 2: another backbone or depth",
         ),
         ({"width": 4}, r"aux.1.bias is \[8\], the network has \[16\](.|\n)*another width"),
         ({"pyramid_bins": ()}, r"ppm.features.0.1.weight is not known"),

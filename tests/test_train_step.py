@@ -17,6 +17,7 @@ from pspnet_jax.models.pspnet import is_head
 from pspnet_jax.optimizer import poly_schedule, sgd
 from pspnet_jax.train_step import create_train_state, make_train_step, normalize
 
+from compiling import jit
 from networks import network
 from pictures import ExampleSource
 
@@ -123,7 +124,7 @@ def test_each_part_moves_the_running_statistics():
 @functools.cache
 def small_step():
     state, step = make_state_and_step()
-    return state, jax.jit(step)
+    return state, jit(step)
 
 
 def test_step_moves_parameters_statistics_and_metrics():

@@ -488,8 +488,8 @@ def test_random_instructions_are_an_error_or_arrays(tmp_path):
 
 
 def peak_of_refusal(path, message):
-    """Bytes allocated, and the error must come within seconds."""
-    start = time.monotonic()
+    """Bytes allocated, and the error must take seconds at most."""
+    start = time.process_time()
     tracemalloc.start()
     try:
         with pytest.raises(WeightsFileError, match=message):
@@ -497,7 +497,7 @@ def peak_of_refusal(path, message):
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-        assert time.monotonic() - start < 5
+        assert time.process_time() - start < 5
 
 
 def test_a_declared_terabyte_is_refused_without_memory(tmp_path):

@@ -102,8 +102,7 @@ def other_backbone(name, *, width=8, rng=None, remat=False) -> Any:
     of_norms = {"frozen_norm": False, "norm_momentum": 0.1}
     options = {option: of_norms[option] for option in kind.takes}
     rng = rng or np.random.default_rng(0)
-    make: Any = kind.make
-    return make(name, width=width, remat=remat, dtype=jnp.float32, rng=rng, **options)
+    return kind.make(name, width=width, remat=remat, dtype=jnp.float32, rng=rng, **options)
 
 
 OTHERS = [name for name in BACKBONES if name not in DEPTHS]

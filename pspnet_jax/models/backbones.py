@@ -4,11 +4,9 @@ A backbone is a module (images [batch, h, w, 3], train=...) -> `BackboneFeatures
 `auxiliary_channels` and `last_channels`. At output stride 8 sides of 8n pixels become n, sides of 8n + 1 n + 1 (of DenseNet n).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-
-from flax import nnx
 
 from pspnet_jax.models.densenet import DEPTHS as DENSENETS
 from pspnet_jax.models.densenet import DenseNet
@@ -24,7 +22,7 @@ Backbone = ResNet | DenseNet | SqueezeNet
 class Kind:
     """One class of backbones."""
 
-    make: type[nnx.Module]
+    make: Callable[..., Backbone]
     """Takes the name, width, remat, dtype, platform, rng and initializer."""
     takes: tuple[str, ...] = ()
     """Options of `ModelOptions` that it takes, too."""

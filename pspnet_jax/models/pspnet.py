@@ -7,7 +7,6 @@
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -139,8 +138,7 @@ def _make_backbone(
     options: ModelOptions, *, initializer: Initializer, platform: Platform, rng: RandomNumbers
 ) -> Backbone:
     kind = BACKBONES[options.backbone]
-    make: Any = kind.make
-    return make(
+    return kind.make(
         options.backbone,
         width=options.width,
         remat=options.remat,

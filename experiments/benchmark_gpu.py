@@ -1,6 +1,6 @@
 """This project beside PyTorch on a GPU that is at hand for minutes: all programs are compiled at the same time.
 
-    python experiments/benchmark_gpu.py --output=runs/benchmark_gpu [--minutes=7] [--more] [--small]
+    python experiments/benchmark_gpu.py --output=runs/benchmark_gpu [--minutes=7] [--more] [--only=WORDS] [--small]
 
 where jax, flax, optax, torch and this package (PYTHONPATH=.) are importable. What is measured, and how,
 is that of `benchmark.py`: a process for each column, columns taking turns. Here all of them are prepared together,
@@ -219,6 +219,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=7, help="at most, all together")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--small", action="store_true", help="tiny shapes, on the CPU")
+    parser.add_argument("--only", default="", help="groups whose names have this in them")
     parser.add_argument("--more", action="store_true", help="more columns, more device memory")
     arguments = parser.parse_args()
     small = arguments.small
@@ -232,6 +233,9 @@ def main() -> None:
         forward_batch=2 if small else 32,
         more=arguments.more,
     )
+    found = {name: tasks for name, tasks in found.items() if arguments.only in name}
+    if not found:
+        parser.error(f"--only={arguments.only}: no group has this in its name, such as 'forward'")
     run = Run(arguments.output, small=small, minutes=arguments.minutes)
     try:
         run.prepare(found)

@@ -207,6 +207,7 @@ def serve(task: Task) -> None:
         count = 1
         if task.platform == "gpu":
             count = max(1, min(LARGEST_GROUP, int(GROUP_SECONDS / later_call)))
+            _seconds(prepared, 3)  # a group holds two results at a time: memory grows to that once
         _send({"first_call_seconds": first_call, **_facts(prepared)})
         for _ in sys.stdin:
             if later_call < LONG_SECONDS:

@@ -99,15 +99,20 @@ def symbolic_resize_matrix(
     """
     target = jnp.arange(new_size, dtype=jnp.int32).reshape(-1, 1)
     sample = jnp.arange(size, dtype=jnp.int32).reshape(1, -1)
-    last, count = _length(size) - 1, _length(new_size)
-    if align_corners:
-        denominator = jnp.maximum(count - 1, 1)
-        numerator = target * last
-    else:
-        denominator = 2 * count
-        numerator = jnp.clip((2 * target + 1) * (last + 1) - count, 0, last * denominator)
+    numerator, denominator = _fractions(target, size, new_size, align_corners=align_corners)
     parts = jnp.maximum(denominator - jnp.abs(numerator - sample * denominator), 0)
     return parts.astype(jnp.float32) / denominator.astype(jnp.float32)
+
+
+def _fractions(
+    target: Int32[jax.Array, "*shape"], size: Size, new_size: Size, *, align_corners: bool
+) -> tuple[Int32[jax.Array, "*shape"], Int32[jax.Array, ""]]:
+    """`sample_positions` of new samples within the old ones: whole numbers, and what to divide them by."""
+    last, count = _length(size) - 1, _length(new_size)
+    if align_corners:
+        return target * last, jnp.maximum(count - 1, 1)
+    denominator = 2 * count
+    return jnp.clip((2 * target + 1) * (last + 1) - count, 0, last * denominator), denominator
 
 
 def _within(size: Size, start: Size, end: Size) -> Bool[jax.Array, "size"]:
@@ -133,8 +138,12 @@ def adaptive_average_pool(x: Maps, num_bins: int) -> Maps:
     """
     batch, height, width, channels = x.shape
     if _divides(num_bins, x):
-        cells = (batch, num_bins, height // num_bins, num_bins, width // num_bins, channels)
-        return x.reshape(cells).mean(axis=(2, 4), dtype=_accumulator(x)).astype(x.dtype)
+        rows, columns = height // num_bins, width // num_bins
+        y = x.reshape(batch, height, num_bins, columns, channels).sum(3, dtype=_accumulator(x))
+        # Else XLA for GPUs sums each bin in one thread, which takes twice as long.
+        y = jax.lax.optimization_barrier(y)
+        y = y.reshape(batch, num_bins, rows, num_bins, channels).sum(2) / (rows * columns)
+        return y.astype(x.dtype)
     return apply_matrices(x, pooling_matrix(height, num_bins), pooling_matrix(width, num_bins))
 
 
@@ -205,9 +214,44 @@ def resize(x: Maps, size: Pair, *, align_corners: bool, platform: Platform = Non
     """
     if x.shape[1:3] == size:
         return x
+    if platform == "gpu" and is_static(*x.shape[1:3], *size):
+        y = x.astype(_accumulator(x))
+        y = _interpolate(y, size[0], axis=1, align_corners=align_corners)
+        # Else each sample of the result is made of four of x, which takes longer than to store y.
+        y = jax.lax.optimization_barrier(y)
+        return _interpolate(y, size[1], axis=2, align_corners=align_corners).astype(x.dtype)
     rows = resize_matrix(x.shape[1], size[0], align_corners=align_corners)
     columns = resize_matrix(x.shape[2], size[1], align_corners=align_corners)
     return apply_matrices(x, rows, columns, platform=platform)
+
+
+def _interpolate(x: Maps, new_size: int, *, axis: int, align_corners: bool) -> Maps:
+    """`resize_matrix` times x along one axis, for GPUs: positions are computed where they are used, which takes
+    less time than to read them; the gradient is that of `apply_matrix`."""
+    size = x.shape[axis]
+    matrix = resize_matrix(size, new_size, align_corners=align_corners)
+
+    @jax.custom_vjp
+    def apply(x: jax.Array) -> jax.Array:
+        target = jnp.arange(new_size, dtype=jnp.int32)
+        position, unit = _fractions(target, size, new_size, align_corners=align_corners)
+        lower = jnp.minimum(jax.lax.div(position, unit), max(size - 2, 0))
+        shape = [new_size if i == axis else 1 for i in range(x.ndim)]
+        fraction = ((position - lower * unit).astype(x.dtype) / unit.astype(x.dtype)).reshape(shape)
+        below = _take(x, lower, axis)
+        return below + (_take(x, jnp.minimum(lower + 1, size - 1), axis) - below) * fraction
+
+    def gradient(_: None, g: jax.Array) -> tuple[jax.Array]:
+        return (apply_matrix(g, matrix.T, axis=axis, platform="gpu"),)
+
+    apply.defvjp(lambda x: (apply(x), None), gradient)
+    return apply(x)
+
+
+def _take(x: Maps, places: Int32[AnyArray, "new_size"], axis: int) -> Maps:
+    """Samples at places that ascend and lie within."""
+    index = (slice(None),) * axis + (places,)
+    return x.at[index].get(mode="promise_in_bounds", indices_are_sorted=True)
 
 
 def shifted_resize_matrices(
@@ -243,9 +287,6 @@ def apply_matrices(
 ) -> Maps:
     """rows @ x @ columns^T for every image and channel, in the dtype of `x`."""
     y = apply_matrix(x, rows, axis=1, platform=platform)
-    if platform == "gpu":
-        # Else each sample of the result is made of four of x, which takes longer than to store y.
-        y = jax.lax.optimization_barrier(y)
     return apply_matrix(y, columns, axis=2, platform=platform).astype(x.dtype)
 
 
@@ -254,12 +295,11 @@ def apply_matrix(
 ) -> Maps:
     """The matrix times x along one axis, 1 (down) or 2 (across), in float32 (float64 of float64)."""
     x = x.astype(_accumulator(x))
-    if platform == "gpu" and isinstance(matrix, np.ndarray):
-        forward, backward = _bands(matrix), _bands(matrix.T)
-        # Of a bilinear resizing, and of its gradient down to a 16th, sums are less work for a GPU than a product,
-        # which float32 leaves to slow units.
-        if forward.places.shape[1] <= 2 and backward.places.shape[1] <= 33:
-            return _weighted_sums(x, forward, backward, axis)
+    # Of a bilinear resizing, and of its gradient down to a 16th, sums are less work for a GPU than a product, which
+    # float32 leaves to slow units.
+    is_narrow = isinstance(matrix, np.ndarray) and _bands(matrix).places.shape[1] <= 33
+    if platform == "gpu" and is_narrow:
+        return _weighted_sums(x, matrix, axis)
 
     def contract(equation: str, matrix: AnyArray) -> jax.Array:
         # The weights are positions, not learned values: rounding them to TF32 or bfloat16 would move pixels.
@@ -296,27 +336,20 @@ def _bands(matrix: Float[np.ndarray, "rows columns"]) -> _Bands:
     return _Bands(places, np.take_along_axis(matrix, places, axis=1))
 
 
-def _weighted_sums(x: Maps, forward: _Bands, backward: _Bands, axis: int) -> Maps:
-    """`apply_matrix` as sums of samples, which XLA computes where they are used; so is the gradient.
-
-    Args:
-        forward, backward: bands of the matrix and of its transpose.
-    """
-
-    def summed(x: jax.Array, bands: _Bands) -> jax.Array:
-        total = jnp.zeros((), x.dtype)
-        shape = [1] * x.ndim
-        shape[axis] = len(bands.places)
-        for places, weights in zip(bands.places.T, bands.weights.T, strict=True):
-            samples = x.at[(slice(None),) * axis + (places,)].get(
-                mode="promise_in_bounds", indices_are_sorted=True
-            )
-            total = total + samples * jnp.asarray(weights.reshape(shape), x.dtype)
-        return total
+def _weighted_sums(x: Maps, matrix: Float[np.ndarray, "new_size size"], axis: int) -> Maps:
+    """`apply_matrix` as sums of samples, which XLA computes where they are used."""
 
     @jax.custom_vjp
     def apply(x: jax.Array) -> jax.Array:
-        return summed(x, forward)
+        places, weights = _bands(matrix)
+        shape = [len(matrix) if i == axis else 1 for i in range(x.ndim)]
+        total = jnp.zeros((), x.dtype)
+        for place, weight in zip(places.T, weights.T, strict=True):
+            total = total + _take(x, place, axis) * jnp.asarray(weight.reshape(shape), x.dtype)
+        return total
 
-    apply.defvjp(lambda x: (apply(x), None), lambda _, g: (summed(g, backward),))
+    def gradient(_: None, g: jax.Array) -> tuple[jax.Array]:
+        return (apply_matrix(g, matrix.T, axis=axis, platform="gpu"),)
+
+    apply.defvjp(lambda x: (apply(x), None), gradient)
     return apply(x)

@@ -272,9 +272,33 @@ def test_sums_of_samples_are_the_product(size, new_size, align_corners):
             gradient = jnp.asarray(np.random.default_rng(1).standard_normal(expected.shape))
             pair = back_by_sums(gradient)[0], back(gradient)[0]
             np.testing.assert_allclose(*pair, rtol=0, atol=1e-13)
-        program = str(jax.make_jaxpr(functools.partial(apply, axis=1, platform="gpu"))(x))
+        by_sums = functools.partial(apply, axis=1, platform="gpu")
+        program = str(jax.make_jaxpr(by_sums)(x))
+        gradient = str(jax.make_jaxpr(lambda x, g: jax.vjp(by_sums, x)[1](g))(x, by_sums(x)))
+    assert "dot_general" not in program
     # The gradient of a sample that becomes 60 would be a sum of too many.
-    assert ("dot_general" in program) == (new_size == 60)
+    assert ("dot_general" in gradient) == (new_size == 60)
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize(("size", "new_size"), AXES)
+def test_computed_positions_are_those_of_the_matrix(size, new_size, align_corners):
+    """Values and gradient of resizing for GPUs, at positions that no table holds."""
+    with jax.enable_x64(True):
+        x = maps(size, size + 1, dtype=np.float64)
+        forms = [
+            functools.partial(
+                resize, size=(new_size, 2 * new_size), align_corners=align_corners, platform=each
+            )
+            for each in (None, "gpu")
+        ]
+        (expected, back), (found, back_by_sums) = (jax.vjp(form, x) for form in forms)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-14)
+        gradient = jnp.asarray(np.random.default_rng(1).standard_normal(expected.shape))
+        pair = back_by_sums(gradient)[0], back(gradient)[0]
+        np.testing.assert_allclose(*pair, rtol=0, atol=1e-13)
+        consts = jax.make_jaxpr(forms[1])(x).consts
+    assert all(np.size(constant) <= 1 for constant in consts)
 
 
 @pytest.mark.parametrize("align_corners", [True, False])

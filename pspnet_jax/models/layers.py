@@ -315,30 +315,31 @@ def max_pool(x: Features) -> Features:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _max_pool(x: Features, size: Pair) -> Features:
     """`size` = (height, width) is for the gradient."""
-    return jax.lax.reduce_window(
-        x,
-        -jnp.inf,
-        jax.lax.max,
-        window_dimensions=(1, 3, 3, 1),
-        window_strides=(1, 2, 2, 1),
-        padding=((0, 0), (1, 1), (1, 1), (0, 0)),
-    )
+    return _max_pool_forward(x, size)[0]
 
 
 def _max_pool_forward(x: Features, size: Pair):
     """The maxima, and which of its nine pixels each is (by comparing, not by looking for the maximum
     again: where XLA computes `x` twice, rounded otherwise, it would not be found)."""
-    sides = [(side + 1) // 2 for side in size]
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
-    pixels = [
-        padded[:, row : row + 2 * sides[0] - 1 : 2, column : column + 2 * sides[1] - 1 : 2]
-        for row in range(3)
-        for column in range(3)
-    ]
-    largest, place = pixels[0], jnp.zeros(pixels[0].shape, jnp.uint8)
-    for k, pixel in enumerate(pixels[1:], start=1):
-        place = jnp.where(pixel > largest, jnp.uint8(k), place)
-        largest = jnp.maximum(largest, pixel)
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
+    # One axis after the other: four comparisons instead of eight, in less time than XLA's own windows take.
+    x, column = _first_largest(_neighbors(x, axis=2), [jnp.uint8(k) for k in range(3)])
+    pixels = [3 * row + taps for row, taps in enumerate(_neighbors(column, axis=1))]
+    return _first_largest(_neighbors(x, axis=1), pixels)
+
+
+def _neighbors(x: jax.Array, *, axis: int) -> list[jax.Array]:
+    """The first, middle and last samples of windows of three at stride 2."""
+    size = x.shape[axis] - 2
+    return [jax.lax.slice_in_dim(x, k, size + k, stride=2, axis=axis) for k in range(3)]
+
+
+def _first_largest(taps: Sequence[jax.Array], places: Sequence[jax.Array]):
+    """The maximum of the taps, and the place of the first of those that are largest."""
+    largest, place = taps[0], places[0]
+    for tap, its_place in zip(taps[1:], places[1:], strict=True):
+        place = jnp.where(tap > largest, its_place, place)
+        largest = jnp.maximum(largest, tap)
     return largest, place
 
 

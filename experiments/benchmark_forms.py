@@ -1,6 +1,6 @@
 """Forms of the same operation beside each other: the measurements behind `models/convolution` and its like.
 
-    python experiments/benchmark_forms.py --output=runs/benchmark_forms [--small]
+    python experiments/benchmark_forms.py --output=runs/benchmark_forms [--only=WORDS] [--small]
 
 Every row is one operation at the shape it has in PSPNet-50 (473 crop at batch 1, 233 crop at batch 4), every
 column a form of it; forms take turns, nine rounds, on the machine at hand in float32. "Value" is the forward pass,
@@ -31,7 +31,7 @@ from pspnet_jax.models.convolution import (
     winograd,
 )
 from pspnet_jax.models.layers import max_pool
-from pspnet_jax.resample import resize
+from pspnet_jax.resample import adaptive_average_pool, resize
 
 # Batch, side, channels in and out, dilation.
 CONVOLUTIONS = (
@@ -111,16 +111,45 @@ def pointwise(shapes: tuple) -> list[Operation]:
     return found
 
 
-def others(batch: int, side: int, num_classes: int) -> list[Operation]:
-    """Max pool, resizing and the loss with its gradient, of maps of `side` and images of 8 (side - 1) + 1."""
-    size = 8 * (side - 1) + 1
+def pools(batch: int, side: int) -> list[Operation]:
+    """The max pool of the stem, of maps of 4 `side`, and the pyramid's bins, of maps of `side`."""
     pooled = random(batch, 4 * side, 4 * side, 16)
-    logits = random(batch, side, side, num_classes)
-    labels = np.random.default_rng(3).integers(0, num_classes, (batch, size, size), np.uint8)
+    maps = random(batch, side, side, 2048)
 
-    def scattered(x: jax.Array) -> jax.Array:
+    def windows(x: jax.Array) -> jax.Array:
         window, padding = (1, 3, 3, 1), ((0, 0), (1, 1), (1, 1), (0, 0))
         return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, (1, 2, 2, 1), padding)
+
+    def nine(x: jax.Array) -> jax.Array:
+        size = x.shape[1]
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
+        pixels = [x[:, i : i + size : 2, j : j + size : 2] for i in range(3) for j in range(3)]
+        return functools.reduce(jnp.maximum, pixels)
+
+    def at_once(x: jax.Array) -> jax.Array:
+        count, size, _, channels = x.shape
+        cell = size // 6
+        return x.reshape(count, 6, cell, 6, cell, channels).mean(axis=(2, 4))
+
+    values = {"XLA's windows": windows, "nine at once": nine, "axis after axis": max_pool}
+    sums = {
+        key: jax.grad(lambda x, f=form: jnp.sum(f(x) ** 2))
+        for key, form in {"XLA's gradient": windows, "without scatter": max_pool}.items()
+    }
+    bins = {"at once": at_once, "in two steps": lambda x: adaptive_average_pool(x, 6)}
+    name = f"max pool of {batch} x {4 * side}, 16 channels"
+    return [
+        (f"{name}: value", values, (pooled,)),
+        (f"{name}: value and gradient", sums, (pooled,)),
+        (f"36 bins of {batch} x {side}, 2048 channels", bins, (maps,)),
+    ]
+
+
+def stretching(batch: int, side: int, num_classes: int) -> list[Operation]:
+    """Resizing of logits of `side` to 8 (side - 1) + 1, and the loss at that size with its gradient."""
+    size = 8 * (side - 1) + 1
+    logits = random(batch, side, side, num_classes)
+    labels = np.random.default_rng(3).integers(0, num_classes, (batch, size, size), np.uint8)
 
     def loss(logits: jax.Array, *, tile_mib: float | None, platform: str | None) -> jax.Array:
         options = LossOptions(tile_mib=tile_mib)
@@ -129,19 +158,22 @@ def others(batch: int, side: int, num_classes: int) -> list[Operation]:
         )
 
     stretch = functools.partial(resize, size=(size, size), align_corners=True)
-    pools = {"XLA's gradient": scattered, "without scatter": max_pool}
-    sums = {key: jax.grad(lambda x, f=f: jnp.sum(f(x) ** 2)) for key, f in pools.items()}
     losses = {
         "at once": functools.partial(loss, tile_mib=None, platform=None),
-        "at once, by rows": functools.partial(loss, tile_mib=None, platform="cpu"),
+        "at once, by sums": functools.partial(loss, tile_mib=None, platform="cpu"),
+        "gradient by sums, too": functools.partial(loss, tile_mib=None, platform="gpu"),
         "tiles of 64 MiB": functools.partial(loss, tile_mib=64.0, platform="cpu"),
         "tiles of 16 MiB": functools.partial(loss, tile_mib=16.0, platform="cpu"),
         "tiles of 4 MiB": functools.partial(loss, tile_mib=4.0, platform="cpu"),
+        "tiles of 1 MiB": functools.partial(loss, tile_mib=1.0, platform="cpu"),
     }
-    resizes = {"one product": stretch, "by rows": functools.partial(stretch, platform="cpu")}
+    resizes = {
+        "one product": stretch,
+        "sums, positions in tables": functools.partial(stretch, platform="cpu"),
+        "sums, positions computed": functools.partial(stretch, platform="gpu"),
+    }
     shape = f"{batch} x {side} to {size}, {num_classes} classes"
     return [
-        (f"max pool of {batch} x {4 * side}, 16 channels: value and gradient", sums, (pooled,)),
         (f"stretching logits, {shape}", resizes, (logits,)),
         (
             f"loss of stretched logits with its gradient, {shape}",
@@ -193,13 +225,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark_forms"))
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", default="", help="operations whose names have this in them")
     parser.add_argument("--small", action="store_true", help="tiny shapes, one round")
     arguments = parser.parse_args()
     shapes, points = SMALL if arguments.small else (CONVOLUTIONS, POINTWISE)
-    rest = others(2, 5, 4) if arguments.small else [*others(1, 60, 150), *others(4, 30, 150)]
+    rest = [(2, 6, 4)] if arguments.small else [(1, 60, 150), (4, 30, 150)]
+    operations = [*convolutions(shapes), *pointwise(points)]
+    for batch, side, num_classes in rest:
+        operations += [*pools(batch, side), *stretching(batch, side, num_classes)]
+    operations = [each for each in operations if arguments.only in each[0]]
+    if not operations:
+        parser.error(f"--only={arguments.only}: no operation has this in its name, such as 'pool'")
     rows = []
     arguments.output.mkdir(parents=True, exist_ok=True)
-    for operation in [*convolutions(shapes), *pointwise(points), *rest]:
+    for operation in operations:
         rows.append(measure(operation, rounds=1 if arguments.small else arguments.rounds))
         print(table(rows[-1:]).splitlines()[-1], flush=True)
         (arguments.output / "results.json").write_text(json.dumps(rows, indent=1) + "\n")

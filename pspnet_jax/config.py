@@ -97,7 +97,7 @@ def default_config() -> ConfigDict:
     loss.ohem_share_min = 0.0625  # of the valid pixels, that count in any case; 0..1
     loss.normalizer = "valid"  # divide by pixels: valid (that count) | all
     loss.resolution = "full"  # full: logits at label size | eighth: labels at that of the logits
-    # of full-size logits that each device makes at a time, MiB; None = 64, on GPUs 4096
+    # of full-size logits that each device makes at a time, MiB; None = CPU 4, GPU 4096, TPU 64
     loss.tile_mib = placeholder(float)
 
     optimizer = config.optimizer = ConfigDict()

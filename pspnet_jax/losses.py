@@ -74,9 +74,9 @@ PLAIN = LossOptions()
 
 
 def tile_mib_of(platform: Platform) -> float:
-    """`LossOptions.tile_mib` that suits one device. On GPUs small tiles are slow, and of a tile only its gradient
-    is ever stored."""
-    return 4096.0 if platform == "gpu" else 64.0
+    """`LossOptions.tile_mib` that suits one device. What a CPU has in its caches is fast; on GPUs small tiles are
+    slow, and of a tile only its gradient is ever stored."""
+    return {"cpu": 4.0, "gpu": 4096.0}.get(platform or "", 64.0)
 
 
 AnyLabels = UInt8[AnyArray, "_batch _height _width"]

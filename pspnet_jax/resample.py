@@ -1,7 +1,7 @@
 """Adaptive pooling and bilinear resizing, as exact linear maps.
 
-* Both are constant matrices along each axis: exact for every size, and no scatter in the gradient. On GPUs a
-  resizing gathers the few samples of each row of the matrix, and its gradient those of each column.
+* Both are constant matrices along each axis: exact for every size, and no scatter in the gradient. Where a row has
+  few entries, CPUs and GPUs add those samples instead of multiplying with zeros.
 * Pooling bins are PyTorch's: bin i of n covers floor(i L / n) .. ceil((i + 1) L / n), so bins overlap
   where n does not divide L. Where it does, the mean of a reshape is the same thing for less work.
 * `align_corners=True` maps the first and last sample onto each other (the authors' rule);
@@ -94,8 +94,7 @@ def symbolic_resize_matrix(
     """`resize_matrix` of sizes that are symbols.
 
     Sample s weighs max(0, 1 - |source - s|), and source is a fraction of whole numbers: only the last
-    division rounds. They fit 32 bits while size * new_size is below 2^30: logits of an eighth of images
-    of 90,000 x 90,000 pixels.
+    division rounds.
     """
     target = jnp.arange(new_size, dtype=jnp.int32).reshape(-1, 1)
     sample = jnp.arange(size, dtype=jnp.int32).reshape(1, -1)
@@ -107,7 +106,10 @@ def symbolic_resize_matrix(
 def _fractions(
     target: Int32[jax.Array, "*shape"], size: Size, new_size: Size, *, align_corners: bool
 ) -> tuple[Int32[jax.Array, "*shape"], Int32[jax.Array, ""]]:
-    """`sample_positions` of new samples within the old ones: whole numbers, and what to divide them by."""
+    """`sample_positions` of new samples within the old ones: whole numbers, and what to divide them by.
+
+    They fit 32 bits while size * new_size is below 2^30: logits of an eighth of images of 90,000 x 90,000 pixels.
+    """
     last, count = _length(size) - 1, _length(new_size)
     if align_corners:
         return target * last, jnp.maximum(count - 1, 1)
@@ -215,8 +217,7 @@ def resize(x: Maps, size: Pair, *, align_corners: bool, platform: Platform = Non
     if x.shape[1:3] == size:
         return x
     if platform == "gpu" and is_static(*x.shape[1:3], *size):
-        y = x.astype(_accumulator(x))
-        y = _interpolate(y, size[0], axis=1, align_corners=align_corners)
+        y = _interpolate(x.astype(_accumulator(x)), size[0], axis=1, align_corners=align_corners)
         # Else each sample of the result is made of four of x, which takes longer than to store y.
         y = jax.lax.optimization_barrier(y)
         return _interpolate(y, size[1], axis=2, align_corners=align_corners).astype(x.dtype)
@@ -226,22 +227,23 @@ def resize(x: Maps, size: Pair, *, align_corners: bool, platform: Platform = Non
 
 
 def _interpolate(x: Maps, new_size: int, *, axis: int, align_corners: bool) -> Maps:
-    """`resize_matrix` times x along one axis, for GPUs: positions are computed where they are used, which takes
-    less time than to read them; the gradient is that of `apply_matrix`."""
+    """`apply_matrix` of a resize matrix for GPUs: its two samples and their weights are computed where they are
+    used, which takes less time than to read them."""
     size = x.shape[axis]
-    matrix = resize_matrix(size, new_size, align_corners=align_corners)
 
     @jax.custom_vjp
     def apply(x: jax.Array) -> jax.Array:
         target = jnp.arange(new_size, dtype=jnp.int32)
         position, unit = _fractions(target, size, new_size, align_corners=align_corners)
         lower = jnp.minimum(jax.lax.div(position, unit), max(size - 2, 0))
+        upper = jnp.minimum(lower + 1, size - 1)
         shape = [new_size if i == axis else 1 for i in range(x.ndim)]
         fraction = ((position - lower * unit).astype(x.dtype) / unit.astype(x.dtype)).reshape(shape)
         below = _take(x, lower, axis)
-        return below + (_take(x, jnp.minimum(lower + 1, size - 1), axis) - below) * fraction
+        return below + (_take(x, upper, axis) - below) * fraction
 
     def gradient(_: None, g: jax.Array) -> tuple[jax.Array]:
+        matrix = resize_matrix(size, new_size, align_corners=align_corners)
         return (apply_matrix(g, matrix.T, axis=axis, platform="gpu"),)
 
     apply.defvjp(lambda x: (apply(x), None), gradient)
@@ -295,24 +297,21 @@ def apply_matrix(
 ) -> Maps:
     """The matrix times x along one axis, 1 (down) or 2 (across), in float32 (float64 of float64)."""
     x = x.astype(_accumulator(x))
-    # Of a bilinear resizing, and of its gradient down to a 16th, sums are less work for a GPU than a product, which
-    # float32 leaves to slow units.
-    is_narrow = isinstance(matrix, np.ndarray) and _bands(matrix).places.shape[1] <= 33
-    if platform == "gpu" and is_narrow:
-        return _weighted_sums(x, matrix, axis)
+    widest = _WIDEST_SUMS.get(platform or "", 0)
+    if isinstance(matrix, np.ndarray) and _bands(matrix).places.shape[1] <= widest:
+        return _weighted_sums(x, matrix, axis, platform)
+    # The weights are positions, not learned values: rounding them to TF32 or bfloat16 would move pixels.
+    return jnp.einsum(
+        "Hh,nhwc->nHwc" if axis == 1 else "Ww,nhwc->nhWc",
+        matrix.astype(x.dtype),
+        x,
+        precision=jax.lax.Precision.HIGHEST,
+    )
 
-    def contract(equation: str, matrix: AnyArray) -> jax.Array:
-        # The weights are positions, not learned values: rounding them to TF32 or bfloat16 would move pixels.
-        return jnp.einsum(equation, matrix.astype(x.dtype), x, precision=jax.lax.Precision.HIGHEST)
 
-    if axis == 1:
-        return contract("Hh,nhwc->nHwc", matrix)
-    if platform == "cpu" and matrix.shape[1] <= x.shape[3]:
-        # One product for each row: a single one leaves its result transposed, which costs more than itself.
-        # Of a wide map of few channels the matrix, repeated for each row, would cost more than that.
-        each = jnp.broadcast_to(jnp.asarray(matrix), (*x.shape[:2], *matrix.shape))
-        return contract("nhWw,nhwc->nhWc", each)
-    return contract("Ww,nhwc->nhWc", matrix)
+# Up to so many entries in each row of a matrix, sums of samples take less time than the product: both samples of a
+# resizing, on GPUs also those of its gradient, down to a 16th (float32 leaves products to their slow units).
+_WIDEST_SUMS = {"cpu": 2, "gpu": 33}
 
 
 class _Bands(NamedTuple):
@@ -336,7 +335,9 @@ def _bands(matrix: Float[np.ndarray, "rows columns"]) -> _Bands:
     return _Bands(places, np.take_along_axis(matrix, places, axis=1))
 
 
-def _weighted_sums(x: Maps, matrix: Float[np.ndarray, "new_size size"], axis: int) -> Maps:
+def _weighted_sums(
+    x: Maps, matrix: Float[np.ndarray, "new_size size"], axis: int, platform: Platform
+) -> Maps:
     """`apply_matrix` as sums of samples, which XLA computes where they are used."""
 
     @jax.custom_vjp
@@ -349,7 +350,7 @@ def _weighted_sums(x: Maps, matrix: Float[np.ndarray, "new_size size"], axis: in
         return total
 
     def gradient(_: None, g: jax.Array) -> tuple[jax.Array]:
-        return (apply_matrix(g, matrix.T, axis=axis, platform="gpu"),)
+        return (apply_matrix(g, matrix.T, axis=axis, platform=platform),)
 
     apply.defvjp(lambda x: (apply(x), None), gradient)
     return apply(x)

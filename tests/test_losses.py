@@ -343,7 +343,7 @@ def test_tiles_are_alike():
     assert "[2,24,25,3]" not in program
 
 
-@pytest.mark.parametrize(("platform", "mib"), [("cpu", 64), ("tpu", 64), (None, 64), ("gpu", 4096)])
+@pytest.mark.parametrize(("platform", "mib"), [("cpu", 4), ("tpu", 64), (None, 64), ("gpu", 4096)])
 def test_tiles_of_a_platform(platform, mib):
     assert tile_mib_of(platform) == mib
 

@@ -403,6 +403,6 @@ def test_tiles_of_the_loss_are_those_of_each_device():
     config.loss.update(aux_weight=0.4, presence_weight=0.0)
     mesh = parallel.make_mesh()
     assert mesh.size == 8
-    assert compose_module._loss_options(config, label_set, mesh).tile_mib == 8 * 64
+    assert compose_module._loss_options(config, label_set, mesh).tile_mib == 8 * 4
     config.loss.tile_mib = 3.0
     assert compose_module._loss_options(config, label_set, mesh).tile_mib == 8 * 3

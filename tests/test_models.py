@@ -524,7 +524,8 @@ def test_what_the_backward_pass_computes_again(name, remat):
     # Each has two gradients, but for that of the images.
     again = gradient["conv_general_dilated"] - (3 * convolutions - 1)
     assert again == (CONVOLUTIONS_AGAIN[name] if remat else 0)
-    assert gradient["max"] > 2 * forward["max"]
+    # The maxima of max pools are not made again: a third of those of SqueezeNet.
+    assert gradient["max"] - forward["max"] > forward["max"] / 4
     assert gradient["rsqrt"] >= 2 * forward["rsqrt"]
     if not remat:
         # Batch statistics are stored: nothing is squared again.

@@ -112,8 +112,8 @@ def pointwise(shapes: tuple) -> list[Operation]:
 
 
 def pools(batch: int, side: int) -> list[Operation]:
-    """The max pool of the stem, of maps of 4 `side`, and the pyramid's bins, of maps of `side`."""
-    pooled = random(batch, 4 * side, 4 * side, 16)
+    """The max pool of the stem, of maps of 4 `side` - 3, and the pyramid's finest bins, of maps of `side`."""
+    pooled = random(batch, 4 * side - 3, 4 * side - 3, 128)
     maps = random(batch, side, side, 2048)
 
     def windows(x: jax.Array) -> jax.Array:
@@ -137,16 +137,31 @@ def pools(batch: int, side: int) -> list[Operation]:
         for key, form in {"XLA's gradient": windows, "without scatter": max_pool}.items()
     }
     bins = {"at once": at_once, "in two steps": lambda x: adaptive_average_pool(x, 6)}
-    name = f"max pool of {batch} x {4 * side}, 16 channels"
+    name = f"max pool of {batch} x {4 * side - 3}, 128 channels"
     return [
         (f"{name}: value", values, (pooled,)),
         (f"{name}: value and gradient", sums, (pooled,)),
-        (f"36 bins of {batch} x {side}, 2048 channels", bins, (maps,)),
+        (f"average pool of {batch} x {side} to 6, 2048 channels", bins, (maps,)),
     ]
 
 
-def stretching(batch: int, side: int, num_classes: int) -> list[Operation]:
-    """Resizing of logits of `side` to 8 (side - 1) + 1, and the loss at that size with its gradient."""
+PLATFORMS = {"one product": None, "for CPUs": "cpu", "for GPUs": "gpu"}
+
+
+def resizing(batch: int, side: int, new_side: int, channels: int) -> list[Operation]:
+    """Value and gradient of a bilinear resizing."""
+    maps = random(batch, side, side, channels)
+    stretch = functools.partial(resize, size=(new_side, new_side), align_corners=True)
+    values = {key: functools.partial(stretch, platform=each) for key, each in PLATFORMS.items()}
+    gradients = {
+        key: jax.grad(lambda x, f=form: jnp.sum(f(x) ** 2)) for key, form in values.items()
+    }
+    name = f"resizing {batch} x {side} to {new_side}, {channels} channels"
+    return [(f"{name}: value", values, (maps,)), (f"{name}: gradient", gradients, (maps,))]
+
+
+def stretched_loss(batch: int, side: int, num_classes: int) -> list[Operation]:
+    """The loss of logits of `side` at 8 (side - 1) + 1, with its gradient."""
     size = 8 * (side - 1) + 1
     logits = random(batch, side, side, num_classes)
     labels = np.random.default_rng(3).integers(0, num_classes, (batch, size, size), np.uint8)
@@ -157,30 +172,16 @@ def stretching(batch: int, side: int, num_classes: int) -> list[Operation]:
             logits, jnp.asarray(labels), options, align_corners=True, platform=platform
         )
 
-    stretch = functools.partial(resize, size=(size, size), align_corners=True)
-    losses = {
-        "at once": functools.partial(loss, tile_mib=None, platform=None),
-        "at once, by sums": functools.partial(loss, tile_mib=None, platform="cpu"),
-        "gradient by sums, too": functools.partial(loss, tile_mib=None, platform="gpu"),
-        "tiles of 64 MiB": functools.partial(loss, tile_mib=64.0, platform="cpu"),
-        "tiles of 16 MiB": functools.partial(loss, tile_mib=16.0, platform="cpu"),
-        "tiles of 4 MiB": functools.partial(loss, tile_mib=4.0, platform="cpu"),
-        "tiles of 1 MiB": functools.partial(loss, tile_mib=1.0, platform="cpu"),
+    at_once = {
+        f"at once, {key}": functools.partial(loss, tile_mib=None, platform=each)
+        for key, each in PLATFORMS.items()
     }
-    resizes = {
-        "one product": stretch,
-        "sums, positions in tables": functools.partial(stretch, platform="cpu"),
-        "sums, positions computed": functools.partial(stretch, platform="gpu"),
+    in_tiles = {
+        f"tiles of {mib:.0f} MiB": functools.partial(loss, tile_mib=mib, platform="cpu")
+        for mib in (64.0, 16.0, 4.0, 1.0)
     }
-    shape = f"{batch} x {side} to {size}, {num_classes} classes"
-    return [
-        (f"stretching logits, {shape}", resizes, (logits,)),
-        (
-            f"loss of stretched logits with its gradient, {shape}",
-            {key: jax.grad(function) for key, function in losses.items()},
-            (logits,),
-        ),
-    ]
+    gradients = {key: jax.grad(function) for key, function in (at_once | in_tiles).items()}
+    return [(f"loss of {batch} x {side} at {size}, {num_classes} classes", gradients, (logits,))]
 
 
 def measure(operation: Operation, *, rounds: int) -> dict[str, Any]:
@@ -232,7 +233,10 @@ def main() -> None:
     rest = [(2, 6, 4)] if arguments.small else [(1, 60, 150), (4, 30, 150)]
     operations = [*convolutions(shapes), *pointwise(points)]
     for batch, side, num_classes in rest:
-        operations += [*pools(batch, side), *stretching(batch, side, num_classes)]
+        operations += pools(batch, side)
+        operations += resizing(batch, side, 8 * (side - 1) + 1, num_classes)
+        operations += resizing(batch, side, 2 * side, 1024)
+        operations += stretched_loss(batch, side, num_classes)
     operations = [each for each in operations if arguments.only in each[0]]
     if not operations:
         parser.error(f"--only={arguments.only}: no operation has this in its name, such as 'pool'")

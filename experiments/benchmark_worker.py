@@ -2,7 +2,7 @@
 
 * A process of its own for every column: XLA reads its flags once, the peak of memory is that of a
   process, and what fails, fails alone.
-* A process prepares (compiles, runs twice) and then waits; each request is one measurement. So the
+* A process prepares (compiles, runs a few times) and then waits; each request is one measurement. So the
   runs of several columns can take turns on a machine whose speed drifts.
 """
 
@@ -207,7 +207,8 @@ def serve(task: Task) -> None:
         count = 1
         if task.platform == "gpu":
             count = max(1, min(LARGEST_GROUP, int(GROUP_SECONDS / later_call)))
-            _seconds(prepared, 3)  # a group holds two results at a time: memory grows to that once
+            # A longer group holds two results at a time, to which memory grows once.
+            _seconds(prepared, min(count, 3))
         _send({"first_call_seconds": first_call, **_facts(prepared)})
         for _ in sys.stdin:
             if later_call < LONG_SECONDS:

@@ -1,9 +1,9 @@
 """Adaptive pooling and bilinear resizing, as exact linear maps.
 
-* Both are constant matrices along each axis: exact for every size, and no scatter in the gradient. Where a row has
-  few entries, CPUs and GPUs add those samples instead of multiplying with zeros.
+* Both are matrices along each axis: exact for every size, and no scatter in the gradient. Where a row has few entries,
+  CPUs and GPUs add those samples instead of multiplying with zeros.
 * Pooling bins are PyTorch's: bin i of n covers floor(i L / n) .. ceil((i + 1) L / n), so bins overlap
-  where n does not divide L. Where it does, the mean of a reshape is the same thing for less work.
+  where n does not divide L. Where it does, sums of a reshape are the same thing for less work.
 * `align_corners=True` maps the first and last sample onto each other (the authors' rule);
   False is the half-pixel rule without anti-aliasing (`jax.image.resize(..., antialias=False)`).
 * Matrices are applied in float32 (float64 where the input is float64), whatever the input's precision.
@@ -12,7 +12,8 @@
   is chosen by the size.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -124,7 +125,7 @@ def _within(size: Size, start: Size, end: Size) -> Bool[jax.Array, "size"]:
 
 
 def _length(size: Size) -> Int32[jax.Array, ""]:
-    """The value that a symbolic size has when the network runs."""
+    """A size on the device: of a symbolic one, the value that it has when the network runs."""
     return jnp.asarray(size, jnp.int32)
 
 
@@ -142,7 +143,7 @@ def adaptive_average_pool(x: Maps, num_bins: int) -> Maps:
     if _divides(num_bins, x):
         rows, columns = height // num_bins, width // num_bins
         y = x.reshape(batch, height, num_bins, columns, channels).sum(3, dtype=_accumulator(x))
-        # Else XLA for GPUs sums each bin in one thread, which takes twice as long.
+        # Else XLA for GPUs sums each bin in one thread, which takes twice as long. (CPUs need the same time.)
         y = jax.lax.optimization_barrier(y)
         y = y.reshape(batch, num_bins, rows, num_bins, channels).sum(2) / (rows * columns)
         return y.astype(x.dtype)
@@ -216,7 +217,7 @@ def resize(x: Maps, size: Pair, *, align_corners: bool, platform: Platform = Non
     """
     if x.shape[1:3] == size:
         return x
-    if platform == "gpu" and is_static(*x.shape[1:3], *size):
+    if platform == "gpu" and _fit_32_bits(x.shape[1:3], size):
         y = _interpolate(x.astype(_accumulator(x)), size[0], axis=1, align_corners=align_corners)
         # Else each sample of the result is made of four of x, which takes longer than to store y.
         y = jax.lax.optimization_barrier(y)
@@ -226,34 +227,30 @@ def resize(x: Maps, size: Pair, *, align_corners: bool, platform: Platform = Non
     return apply_matrices(x, rows, columns, platform=platform)
 
 
+def _fit_32_bits(old: Sequence[Size], new: Sequence[Size]) -> bool:
+    """Whether `_fractions` of both axes are known to do so."""
+    return is_static(*old, *new) and all(a * b < 2**30 for a, b in zip(old, new, strict=True))
+
+
 def _interpolate(x: Maps, new_size: int, *, axis: int, align_corners: bool) -> Maps:
     """`apply_matrix` of a resize matrix for GPUs: its two samples and their weights are computed where they are
     used, which takes less time than to read them."""
     size = x.shape[axis]
+    if size == new_size:
+        return x
 
-    @jax.custom_vjp
-    def apply(x: jax.Array) -> jax.Array:
+    def between(x: jax.Array) -> jax.Array:
         target = jnp.arange(new_size, dtype=jnp.int32)
         position, unit = _fractions(target, size, new_size, align_corners=align_corners)
-        lower = jnp.minimum(jax.lax.div(position, unit), max(size - 2, 0))
+        lower = jax.lax.div(position, unit)
         upper = jnp.minimum(lower + 1, size - 1)
         shape = [new_size if i == axis else 1 for i in range(x.ndim)]
         fraction = ((position - lower * unit).astype(x.dtype) / unit.astype(x.dtype)).reshape(shape)
         below = _take(x, lower, axis)
         return below + (_take(x, upper, axis) - below) * fraction
 
-    def gradient(_: None, g: jax.Array) -> tuple[jax.Array]:
-        matrix = resize_matrix(size, new_size, align_corners=align_corners)
-        return (apply_matrix(g, matrix.T, axis=axis, platform="gpu"),)
-
-    apply.defvjp(lambda x: (apply(x), None), gradient)
-    return apply(x)
-
-
-def _take(x: Maps, places: Int32[AnyArray, "new_size"], axis: int) -> Maps:
-    """Samples at places that ascend and lie within."""
-    index = (slice(None),) * axis + (places,)
-    return x.at[index].get(mode="promise_in_bounds", indices_are_sorted=True)
+    matrix = resize_matrix(size, new_size, align_corners=align_corners)
+    return _linear(between, x, matrix, axis=axis, platform="gpu")
 
 
 def shifted_resize_matrices(
@@ -297,9 +294,11 @@ def apply_matrix(
 ) -> Maps:
     """The matrix times x along one axis, 1 (down) or 2 (across), in float32 (float64 of float64)."""
     x = x.astype(_accumulator(x))
-    widest = _WIDEST_SUMS.get(platform or "", 0)
-    if isinstance(matrix, np.ndarray) and _bands(matrix).places.shape[1] <= widest:
-        return _weighted_sums(x, matrix, axis, platform)
+    if platform in _WIDEST_SUMS and isinstance(matrix, np.ndarray):
+        bands = _bands(matrix)
+        if bands.places.shape[1] <= _WIDEST_SUMS[platform]:
+            sums = functools.partial(_weighted_sums, bands=bands, axis=axis)
+            return _linear(sums, x, matrix, axis=axis, platform=platform)
     # The weights are positions, not learned values: rounding them to TF32 or bfloat16 would move pixels.
     return jnp.einsum(
         "Hh,nhwc->nHwc" if axis == 1 else "Ww,nhwc->nhWc",
@@ -335,22 +334,37 @@ def _bands(matrix: Float[np.ndarray, "rows columns"]) -> _Bands:
     return _Bands(places, np.take_along_axis(matrix, places, axis=1))
 
 
-def _weighted_sums(
-    x: Maps, matrix: Float[np.ndarray, "new_size size"], axis: int, platform: Platform
-) -> Maps:
+def _weighted_sums(x: Maps, bands: _Bands, axis: int) -> Maps:
     """`apply_matrix` as sums of samples, which XLA computes where they are used."""
+    shape = [-1 if i == axis else 1 for i in range(x.ndim)]
+    parts = (
+        _take(x, places, axis) * jnp.asarray(weights.reshape(shape), x.dtype)
+        for places, weights in zip(bands.places.T, bands.weights.T, strict=True)
+    )
+    return functools.reduce(jnp.add, parts)
 
-    @jax.custom_vjp
-    def apply(x: jax.Array) -> jax.Array:
-        places, weights = _bands(matrix)
-        shape = [len(matrix) if i == axis else 1 for i in range(x.ndim)]
-        total = jnp.zeros((), x.dtype)
-        for place, weight in zip(places.T, weights.T, strict=True):
-            total = total + _take(x, place, axis) * jnp.asarray(weight.reshape(shape), x.dtype)
-        return total
+
+def _take(x: Maps, places: Int32[AnyArray, "new_size"], axis: int) -> Maps:
+    """Samples at places that ascend and lie within."""
+    index = (slice(None),) * axis + (places,)
+    return x.at[index].get(
+        mode="promise_in_bounds", indices_are_sorted=True, wrap_negative_indices=False
+    )
+
+
+def _linear(
+    form: Callable[[Maps], Maps],
+    x: Maps,
+    matrix: Float[AnyArray, "new_size size"],
+    *,
+    axis: int,
+    platform: Platform,
+) -> Maps:
+    """form(x), which is the matrix times x; the gradient is the transposed matrix times that of the result."""
 
     def gradient(_: None, g: jax.Array) -> tuple[jax.Array]:
         return (apply_matrix(g, matrix.T, axis=axis, platform=platform),)
 
-    apply.defvjp(lambda x: (apply(x), None), gradient)
+    apply = jax.custom_vjp(form)
+    apply.defvjp(lambda x: (form(x), None), gradient)
     return apply(x)

@@ -309,8 +309,9 @@ def apply_matrix(
 
 
 # Up to so many entries in each row of a matrix, sums of samples take less time than the product: both samples of a
-# resizing, on GPUs also those of its gradient, down to a 16th (float32 leaves products to their slow units).
-_WIDEST_SUMS = {"cpu": 2, "gpu": 33}
+# resizing, and those of its gradient, on CPUs of a doubling, on GPUs (float32 leaves products to their slow units) of
+# up to 16 times.
+_WIDEST_SUMS = {"cpu": 5, "gpu": 33}
 
 
 class _Bands(NamedTuple):

@@ -3,7 +3,7 @@
     python experiments/benchmark_forms.py --output=runs/benchmark_forms [--only=WORDS] [--small]
 
 Every row is one operation at the shape it has in PSPNet-50 (473 crop at batch 1, 233 crop at batch 4), every
-column a form of it; forms take turns, nine rounds, on the machine at hand in float32. "Value" is the forward pass,
+column a form of it; forms take turns, there and back, nine rounds, on the machine at hand in float32. "Value" is the forward pass,
 "kernel" the gradient of the kernel alone, "map" that of the map. The largest
 difference from the first form, over its largest value, stands beside the times.
 
@@ -190,8 +190,9 @@ def measure(operation: Operation, *, rounds: int) -> dict[str, Any]:
     compiled = {key: jax.jit(form).lower(*arguments).compile() for key, form in forms.items()}
     results = {key: np.asarray(run(*arguments)) for key, run in compiled.items()}
     times: dict[str, list[float]] = {key: [] for key in compiled}
-    for _ in range(rounds):
-        for key, run in compiled.items():
+    for number in range(rounds):
+        # There and back: what runs before a form leaves it the caches.
+        for key, run in list(compiled.items())[:: 1 if number % 2 else -1]:
             start = time.perf_counter()
             jax.block_until_ready(run(*arguments))
             times[key].append(1000 * (time.perf_counter() - start))

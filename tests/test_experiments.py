@@ -149,3 +149,17 @@ def test_forms_of_an_operation_differ_by_rounding_alone(tmp_path, monkeypatch):
     assert max(differences) < 1e-5
     assert max(differences) > 0
     assert (tmp_path / "results.md").read_text().count("\n") == len(rows) + 2
+
+
+def test_only_operations_that_are_named(tmp_path, monkeypatch):
+    arguments = (f"--output={tmp_path}", "--small", "--only=average pool")
+    run_script("benchmark_forms", *arguments, monkeypatch=monkeypatch)
+    (row,) = json.loads((tmp_path / "results.json").read_text())
+    assert row["operation"].startswith("average pool of 2 x 6")
+
+
+@pytest.mark.parametrize("name", ["benchmark_forms", "benchmark_gpu"])
+def test_names_that_nothing_has_are_told(name, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run_script(name, f"--output={tmp_path}", "--only=nothing", monkeypatch=monkeypatch)
+    assert "--only=nothing" in capsys.readouterr().err

@@ -151,6 +151,14 @@ def suggest_labels(raw_ids: Sequence[int], label_set: LabelSet) -> Suggestion:
             None,
             None,
         )
+    if label_set.name not in built_in_names():
+        unknown = {raw for raw in found if label_set.meaning(raw) is None}
+        return Suggestion(
+            f"label set '{label_set.name}' does not list {_listed(unknown)}: add them in its CSV to the raw_ids of a "
+            "class or of void (id 255), or give them a line of their own",
+            None,
+            None,
+        )
     return Suggestion(
         f"no label set of this package fits the values found, {_listed(found)}; save this as mine.csv, correct "
         "the names, and say --config.data.labels=mine.csv",

@@ -293,13 +293,19 @@ def _find_data(
     if config is not None:
         label_set = load_label_set(config.data.labels)
     else:
-        run_config = Path(checkpoint) / "config.json"
-        if not run_config.is_file():
+        label_set, run_config = stored_set, Path(checkpoint) / "config.json"
+        if run_config.is_file():
+            config = config_module.from_json(run_config.read_text())
+        elif stored_set.name == "scenes":  # which needs no files
+            config = config_module.default_config()
+            config.name = "scenes"
+            config.data.update(source="scenes", labels="scenes", val_split="val")
+            config.evaluate.batch_size = 20
+        else:
             raise ValueError(
                 f"{checkpoint} has no config.json: say where the data is, e.g. with "
                 "--config=configs/ade20k.py --config.data.root=DIR"
             )
-        config, label_set = config_module.from_json(run_config.read_text()), stored_set
     if label_set.names != stored_set.names:
         raise ValueError(
             f"data.labels={config.data.labels} has {label_set.num_classes} classes "

@@ -23,6 +23,7 @@ from absl import flags
 
 from pspnet_jax.config import option_names
 from pspnet_jax.verbs import MISSING_CONFIG, USED_OPTIONS, VERBS, Verb, overview, value, verb_help
+from pspnet_jax.version import __version__
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _TERMINATED = 128 + signal.SIGTERM
@@ -38,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] in (["--help"], ["-h"], ["help"]):
         print(overview())
+        return 0
+    if argv[:1] == ["--version"]:
+        print(f"pspnet_jax {__version__}")
         return 0
     named = bool(argv) and not argv[0].startswith("-")
     name, rest = (argv[0], argv[1:]) if named else ("train", argv)

@@ -116,14 +116,14 @@ def run(
         log.info("%d of %d images have their results already", len(files) - len(todo), len(files))
     segmenter = load(checkpoint, step=step)
     chosen = segmenter.choose_protocol(protocol, **(protocol_options or {}))
-    log.info("%d images by %s", len(todo), chosen.describe())
     raw_ids = benchmark.raw_ids(segmenter.label_set) if benchmark else None
     _write_about(Path(output), segmenter, chosen, outputs, overwrite=overwrite)
     if not todo:
         return []
+    log.info("%s by %s", _count(todo), chosen.describe())
     work = _Pass(chosen, batch_size, canvas_gib, tuple(outputs), raw_ids)
     unreadable = _predict(segmenter, {file: targets[file] for file in todo}, work)
-    log.info("%d images predicted into %s", len(todo) - len(unreadable), output)
+    log.info("%s predicted into %s", _count(todo[len(unreadable) :]), output)
     if unreadable:
         listed = "\n  ".join(unreadable.values())
         raise DataError(f"{len(unreadable)} of {len(files)} images were left out:\n  {listed}")
@@ -141,6 +141,13 @@ def _check_options(
         raise ValueError(
             "--overwrite does all images again, --resume those without results: one of them"
         )
+
+
+_KEEP_APART = "give the folder or the quoted pattern that holds both, which keeps subfolders apart"
+
+
+def _count(images: Sequence) -> str:
+    return f"{len(images)} image{'' if len(images) == 1 else 's'}"
 
 
 def _targets(
@@ -166,10 +173,11 @@ def _targets(
         for target in targets[file].values():
             owner = owners.setdefault(target, file.path)
             if owner != file.path:
+                same_folder = owner.parent == file.path.parent
                 raise ValueError(
-                    f"{owner} and {file.path} would be written to the same file, {target}; give the folder "
-                    "or the quoted pattern that holds both, which keeps subfolders apart, or predict "
-                    "them into different --output folders"
+                    f"{owner} and {file.path} would be written to the same file, {target}; "
+                    + ("rename one" if same_folder else _KEEP_APART)
+                    + ", or predict them into different --output folders"
                 )
     return targets
 

@@ -209,7 +209,7 @@ class Run:
                 raise CorruptCheckpointError(
                     f"no step of {self.checkpoints.path} can be read; move the folder away to start anew"
                 )
-            log.info("starting from step 0: %s holds no checkpoint", self.checkpoints.path)
+            log.info("a new run: %s holds no checkpoint yet", self.checkpoints.path)
             state = self._started()
         if len(set(parallel.gather(str(int(state.step)).encode()))) > 1:
             raise ValueError(
@@ -293,7 +293,7 @@ class Run:
         )
         check.first_look(self.validation, label_set, split=self.config.evaluate.split)
 
-    def announce(self) -> None:
+    def announce(self, *, first_step: int) -> None:
         """Say what is trained on what; the first step is silent for as long as it compiles."""
         log.debug("command: %s", shlex.join(sys.argv))
         log.debug("config: %s", json.dumps(self.config.to_dict()))
@@ -315,7 +315,7 @@ class Run:
         num_parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
         log.info(
             "%s: %s %s of width %d, %s parameters; %d classes of '%s'; %d images, %d to evaluate on; "
-            "%d x %s; the first step compiles",
+            "%d x %s; %s",
             self.config.name,
             options.family,
             options.backbone,
@@ -327,6 +327,9 @@ class Run:
             len(self.validation),
             self.mesh.size,
             device.device_kind,
+            "the first step compiles"
+            if first_step < self.config.train.num_steps
+            else f"all {first_step} steps are done",
         )
 
         num_parts, batch = self.config.train.accumulate_steps, self.config.train.global_batch_size

@@ -75,6 +75,13 @@ class Segmenter:
         everywhere = parallel.replicated(self._mesh)
         self._state = jax.device_put((params, batch_stats), everywhere)
 
+    def __repr__(self) -> str:
+        model, labels = self.description.model, self.label_set
+        return (
+            f"<Segmenter: {model.family} {model.backbone} of width {model.width}, {labels.num_classes} classes of "
+            f"'{labels.name}', protocol {self.protocol.name}>"
+        )
+
     def logits(
         self, images: RawImages | Images
     ) -> Float32[jax.Array, "batch height width classes"]:

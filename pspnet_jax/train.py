@@ -39,7 +39,7 @@ def train(config: ConfigDict, workdir: Path) -> Path:
             run.look_at_data()
             state = run.resume_or_start()
             run.write_config()
-            run.announce()
+            run.announce(first_step=int(state.step))
         _take_steps(run, state, termination)
     return run.evaluation_folder(run.config.train.num_steps)
 

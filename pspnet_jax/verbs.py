@@ -39,7 +39,7 @@ def _define_train(values: flags.FlagValues, argv: list[str]) -> None:
 def _run_train(values: flags.FlagValues, words: list[str]) -> None:
     from pspnet_jax.train import train
 
-    config = value(values, "config")
+    config = _config(values)
     if config is None:
         raise flags.ValidationError(MISSING_CONFIG)
     folder = train(config, Path(value(values, "workdir") or Path("runs") / str(config.name)))
@@ -64,7 +64,7 @@ def _run_evaluate(values: flags.FlagValues, words: list[str]) -> None:
 
     evaluate.run(
         _required(values, "checkpoint"),
-        config=value(values, "config"),
+        config=_config(values),
         step=value(values, "step"),
         split=value(values, "split"),
         protocol=value(values, "protocol"),
@@ -128,7 +128,7 @@ def _define_check(values: flags.FlagValues, argv: list[str]) -> None:
 def _run_check(values: flags.FlagValues, words: list[str]) -> None:
     from pspnet_jax import check, check_report
 
-    config = value(values, "config")
+    config = _config(values)
     if config is None:
         raise flags.ValidationError(MISSING_CONFIG)
     found = check.run(config, output=value(values, "output"))
@@ -145,7 +145,7 @@ def _define_prepare(values: flags.FlagValues, argv: list[str]) -> None:
 def _run_prepare(values: flags.FlagValues, words: list[str]) -> None:
     from pspnet_jax import prepare
 
-    config, output = value(values, "config"), _required(values, "output")
+    config, output = _config(values), _required(values, "output")
     if config is None:
         raise flags.ValidationError(MISSING_CONFIG)
     print(f"prepared: {prepare.run(config, output=output)}")
@@ -250,7 +250,7 @@ VERBS = {
             "pspnet --config=configs/ade20k.py --config.data.root=ADEChallengeData2016 --config.init_from=resnet50_v2.pth",
             "pspnet --config=configs/folder_resnet50.py --config.data.root=DIR --config.data.labels=mine.csv --config.init_from=runs/psp50",
         ),
-        after_interrupt="the same command goes on from the last checkpoint, where there is one",
+        after_interrupt="the same command goes on from what is saved",
     ),
     "evaluate": Verb(
         "score a checkpoint on a split, with a report and pictures",
@@ -258,7 +258,7 @@ VERBS = {
         _define_evaluate,
         _run_evaluate,
         (
-            "pspnet evaluate --checkpoint=scenes --config=configs/scenes.py",
+            "pspnet evaluate --checkpoint=scenes",
             "pspnet evaluate --checkpoint=runs/ade20k --step=latest --protocol=semseg --scales=0.5,0.75,1,1.25,1.5,1.75",
             "pspnet evaluate --checkpoint=runs/psp50 --config=configs/ade20k.py --config.data.root=ADEChallengeData2016",
         ),
@@ -341,7 +341,10 @@ def verb_help(name: str) -> str:
         if flag_name in ("help", "helpshort", "helpfull", "helpxml", "flagfile", "undefok"):
             continue
         lines.append(f"  --{flag_name:<14}{values[flag_name].help}")
-    if name in USED_OPTIONS:
+    if name == "check":
+        taken = "--config.data.* and --config.evaluate.split"
+        lines += ["", f"options of the config: those of a training, of which it looks at {taken}"]
+    elif name in USED_OPTIONS:
         used = ", ".join(f"{option}*" for option in USED_OPTIONS[name])
         lines += ["", f"options of the config: {used}"]
     elif "config" in values:
@@ -448,6 +451,14 @@ def _protocol_options(values: flags.FlagValues) -> dict[str, Any]:
 def value(values: flags.FlagValues, name: str) -> Any:
     """Of a flag."""
     return values[name].value
+
+
+def _config(values: flags.FlagValues) -> Any:
+    """What --config and its options give, or None; shells leave a ~ behind = as it is."""
+    config = value(values, "config")
+    if config is not None and config.data.root is not None:
+        config.data.root = str(Path(config.data.root).expanduser())
+    return config
 
 
 def _numbers(values: flags.FlagValues, name: str, kind: type) -> tuple | None:

@@ -89,6 +89,15 @@ def test_few_classes_of_a_large_label_set_are_ones_own():
     assert "2,class_12" in suggestion.csv
 
 
+def test_ones_own_label_set_is_not_replaced(tmp_path):
+    (tmp_path / "mine.csv").write_text(
+        "id,name,red,green,blue,raw_ids\n0,ground,1,1,1,0 1\n1,house,2,2,2,7\n"
+    )
+    suggestion = suggest_labels([0, 1, 7, 33], load_label_set(str(tmp_path / "mine.csv")))
+    assert "label set 'mine' does not list 33:" in suggestion.sentence
+    assert (suggestion.labels, suggestion.csv) == (None, None)
+
+
 def test_csv_of_two_classes(tmp_path):
     (tmp_path / "mine.csv").write_text(csv_of([0, 255], CAMVID))
     mine = load_label_set(str(tmp_path / "mine.csv"))

@@ -202,7 +202,22 @@ def test_two_images_of_one_name_are_not_mixed_up(capsys, tmp_path, run):
     argv = ["predict", f"--checkpoint={run}", f"--output={tmp_path / 'out'}"]
     text = fails(capsys, [*argv, str(tmp_path / "a"), str(tmp_path / "b")], code=1)
     assert "would be written to the same file" in text
+    assert "keeps subfolders apart" in text
     assert not (tmp_path / "out").exists()
+    write_image(tmp_path / "a/same.jpg", example().image)
+    assert "; rename one, or" in fails(capsys, [*argv, str(tmp_path / "a")], code=1)
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"pspnet_jax {pspnet_jax.__version__}\n"
+
+
+def test_home_is_expanded_behind_an_equals_sign(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    argv = ["check", f"--config={CONFIG}", "--config.data.root=~/photos"]
+    assert main(argv) == 1
+    assert str(tmp_path / "photos") in "".join(capsys.readouterr())
 
 
 def test_evaluating_on_another_label_set_is_refused(capsys, tmp_path, run):
@@ -234,3 +249,11 @@ def test_help(capsys):
         assert verb in overview
         assert main([verb, "--help"]) == 0
     assert "--config.NAME=VALUE" in capsys.readouterr().out
+
+
+def test_a_finished_run_says_so(capsys, data, run):
+    argv = [f"--config={CONFIG}", f"--workdir={run}", f"--config.data.root={data}"]
+    assert main([*argv, "--config.train.num_steps=2"]) == 0
+    text = "".join(capsys.readouterr())
+    assert "all 2 steps are done" in text
+    assert "compiles" not in text

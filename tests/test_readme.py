@@ -65,7 +65,7 @@ def test_commands_that_need_nothing_are_these():
     assert sorted(free) == [
         "pspnet --config=configs/scenes.py",  # test_notebooks, by its function
         "pspnet --help",  # test_main
-        "pspnet evaluate --checkpoint=scenes --config=configs/scenes.py",  # test_stored_model
+        "pspnet evaluate --checkpoint=scenes",  # test_stored_model
     ]
 
 

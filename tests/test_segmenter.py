@@ -64,6 +64,12 @@ def test_odd_sizes_are_padded_with_the_mean_and_cropped_back(segmenter):
     np.testing.assert_allclose(segmenter.logits(image[None])[0], whole[0, :40, :50], atol=1e-5)
 
 
+def test_it_says_what_it_is(segmenter):
+    text = repr(segmenter)
+    assert "semseg resnet" in text
+    assert f"protocol {segmenter.protocol.name}" in text
+
+
 def test_raw_and_normalized_images_agree(segmenter):
     image = example(33, 41).image
     normalized = (image - np.array(IMAGENET_8BIT.mean)) / np.array(IMAGENET_8BIT.std)

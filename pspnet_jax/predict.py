@@ -120,10 +120,10 @@ def run(
     _write_about(Path(output), segmenter, chosen, outputs, overwrite=overwrite)
     if not todo:
         return []
-    log.info("%s by %s", _count(todo), chosen.describe())
+    log.info("%s by %s", _images(len(todo)), chosen.describe())
     work = _Pass(chosen, batch_size, canvas_gib, tuple(outputs), raw_ids)
     unreadable = _predict(segmenter, {file: targets[file] for file in todo}, work)
-    log.info("%s predicted into %s", _count(todo[len(unreadable) :]), output)
+    log.info("%s predicted into %s", _images(len(todo) - len(unreadable)), output)
     if unreadable:
         listed = "\n  ".join(unreadable.values())
         raise DataError(f"{len(unreadable)} of {len(files)} images were left out:\n  {listed}")
@@ -146,8 +146,8 @@ def _check_options(
 _KEEP_APART = "give the folder or the quoted pattern that holds both, which keeps subfolders apart"
 
 
-def _count(images: Sequence) -> str:
-    return f"{len(images)} image{'' if len(images) == 1 else 's'}"
+def _images(number: int) -> str:
+    return f"{number} image{'' if number == 1 else 's'}"
 
 
 def _targets(

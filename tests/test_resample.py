@@ -284,14 +284,15 @@ def test_sums_of_samples_are_the_product(size, new_size, by_sums_on, align_corne
 
 
 @pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("new_width", [3, 7])
 @pytest.mark.parametrize(("size", "new_size"), [*AXES, (60, 473)])
-def test_computed_positions_are_those_of_the_matrix(size, new_size, align_corners):
-    """Values and gradient of resizing for GPUs, at positions that no table holds; across, a size that stays."""
+def test_computed_positions_are_those_of_the_matrix(size, new_size, new_width, align_corners):
+    """Values and gradient of resizing for GPUs, at positions that no table holds, from a width of 3."""
     with jax.enable_x64(True):
         x = maps(size, 3, dtype=np.float64)
         forms = [
             functools.partial(
-                resize, size=(new_size, 3), align_corners=align_corners, platform=each
+                resize, size=(new_size, new_width), align_corners=align_corners, platform=each
             )
             for each in (None, "gpu", "cpu")
         ]

@@ -39,9 +39,7 @@ def _define_train(values: flags.FlagValues, argv: list[str]) -> None:
 def _run_train(values: flags.FlagValues, words: list[str]) -> None:
     from pspnet_jax.train import train
 
-    config = _config(values)
-    if config is None:
-        raise flags.ValidationError(MISSING_CONFIG)
+    config = _required_config(values)
     folder = train(config, Path(value(values, "workdir") or Path("runs") / str(config.name)))
     print(f"tables: {folder / 'report.md'}\npicture: {folder / 'panels' / 'overview.png'}")
 
@@ -128,9 +126,7 @@ def _define_check(values: flags.FlagValues, argv: list[str]) -> None:
 def _run_check(values: flags.FlagValues, words: list[str]) -> None:
     from pspnet_jax import check, check_report
 
-    config = _config(values)
-    if config is None:
-        raise flags.ValidationError(MISSING_CONFIG)
+    config = _required_config(values)
     found = check.run(config, output=value(values, "output"))
     print(check_report.text(found))
     if found.problems:
@@ -145,9 +141,7 @@ def _define_prepare(values: flags.FlagValues, argv: list[str]) -> None:
 def _run_prepare(values: flags.FlagValues, words: list[str]) -> None:
     from pspnet_jax import prepare
 
-    config, output = _config(values), _required(values, "output")
-    if config is None:
-        raise flags.ValidationError(MISSING_CONFIG)
+    output, config = _required(values, "output"), _required_config(values)
     print(f"prepared: {prepare.run(config, output=output)}")
 
 
@@ -458,6 +452,13 @@ def _config(values: flags.FlagValues) -> Any:
     config = value(values, "config")
     if config is not None and config.data.root is not None:
         config.data.root = str(Path(config.data.root).expanduser())
+    return config
+
+
+def _required_config(values: flags.FlagValues) -> Any:
+    config = _config(values)
+    if config is None:
+        raise flags.ValidationError(MISSING_CONFIG)
     return config
 
 

@@ -196,13 +196,13 @@ def step_of(case: Case) -> tuple[Callable, tuple]:
 
 
 def inference_of(case: Case) -> tuple[Callable, tuple]:
-    """What `Segmenter.logits` runs, and the shapes of parameters, statistics and images."""
+    """What `Segmenter.logits` runs, and the shapes of weights and images."""
     options, normalization = options_of(case), FAMILIES["semseg"].normalization
     network = passes.Network(options, NUM_CLASSES, normalization, case.platform)
-    _, params, batch_stats = passes.structure(network)
+    prepare = functools.partial(passes.prepare, network=network)
+    weights = jax.eval_shape(prepare, passes.structure(network)[1:])
     images = jax.ShapeDtypeStruct((case.batch, case.crop, case.crop, 3), jnp.uint8)
-    function = jax.jit(functools.partial(passes.logits, network=network))
-    return function, (params, batch_stats, images)
+    return jax.jit(functools.partial(passes.logits, network=network)), (weights, images)
 
 
 def compile_case(case: Case, device: SingleDeviceSharding) -> dict[str, Any]:

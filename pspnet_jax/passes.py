@@ -3,6 +3,7 @@
 * Pure functions of parameters and images, compiled once for each network, protocol and image size, whoever
   asks: evaluations during training share their compilations.
 * A `Network` is plain data and holds no array.
+* Weights are those of a checkpoint, or what `prepare` made of them.
 """
 
 import functools
@@ -16,12 +17,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pspnet_jax import canvas as canvas_module
 from pspnet_jax.arrays import Images, Labels, Logits, RawImages
 from pspnet_jax.canvas import AxisTaps, Tile, Wanted
+from pspnet_jax.models import once
 from pspnet_jax.models.families import ModelOptions, Normalization
 from pspnet_jax.models.layers import NoRandomNumbers
+from pspnet_jax.models.once import Prepared
 from pspnet_jax.models.pspnet import PSPNet
 from pspnet_jax.resample import Maps, Platform, resize
 from pspnet_jax.train_step import normalize, split_model
 from pspnet_jax.trees import Tree
+
+Weights = tuple[Tree, Tree] | Prepared
+"""(parameters, batch statistics), or what is made of them once."""
 
 
 @dataclass(frozen=True)
@@ -57,20 +63,40 @@ def structure(network: Network) -> tuple[nnx.GraphDef, Tree, Tree]:
     return split_model(nnx.eval_shape(make))
 
 
-def _scores_of(params: Tree, batch_stats: Tree, images: Images, *, network: Network) -> Maps:
-    """Logits of normalized images of a size that the network takes, at its own resolution."""
-    model = nnx.merge(structure(network)[0], params, batch_stats)
+def prepare(weights: tuple[Tree, Tree], *, network: Network) -> Weights:
+    """For many passes: what each would make of the weights alone is made now. (Only on GPUs that is worth it: norms are
+    folded into convolutions, kernels rounded and laid out for cuDNN.)"""
+    return _prepare(weights, network=network) if network.platform == "gpu" else weights
+
+
+@functools.partial(jax.jit, static_argnames="network")
+def _prepare(weights: tuple[Tree, Tree], *, network: Network) -> Prepared:
+    side = network.model.size_rule.padded(1)  # of any image
+    images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+    return once.prepare(functools.partial(_run, network), weights, images)
+
+
+def _run(network: Network, weights: tuple[Tree, Tree], images: Images) -> Maps:
+    model = nnx.merge(structure(network)[0], *weights)
     return model(images, train=False).logits
 
 
-def _logits_of(params: Tree, batch_stats: Tree, images: Images, *, network: Network) -> Logits:
+def _scores_of(weights: Weights, images: Images, *, network: Network) -> Maps:
+    """Logits of normalized images of a size that the network takes, at its own resolution."""
+    run = functools.partial(_run, network)
+    if isinstance(weights, Prepared):
+        return once.apply(run, structure(network)[1:], weights, images)
+    return run(weights, images)
+
+
+def _logits_of(weights: Weights, images: Images, *, network: Network) -> Logits:
     """Logits of normalized images, at their own size."""
     height, width = images.shape[1:3]
     rule = network.model.size_rule
     padded = (rule.padded(height), rule.padded(width))
     # Normalized, the mean color is 0.
     images = jnp.pad(images, ((0, 0), (0, padded[0] - height), (0, padded[1] - width), (0, 0)))
-    scores = _scores_of(params, batch_stats, images, network=network)
+    scores = _scores_of(weights, images, network=network)
     resized = resize(
         scores, padded, align_corners=network.model.align_corners, platform=network.platform
     )
@@ -84,41 +110,37 @@ def _normalized(images: RawImages | Images, network: Network) -> Images:
 
 
 @functools.partial(jax.jit, static_argnames="network")
-def logits(params: Tree, batch_stats: Tree, images, *, network: Network) -> Logits:
+def logits(weights: Weights, images, *, network: Network) -> Logits:
     """Of images at their own size; uint8 ones are raw RGB, floating ones normalized."""
-    return _logits_of(params, batch_stats, _normalized(images, network), network=network)
+    return _logits_of(weights, _normalized(images, network), network=network)
 
 
-def logits_by_rows(
-    params: Tree, batch_stats: Tree, images, *, network: Network, mesh: Mesh
-) -> Logits:
+def logits_by_rows(weights: Weights, images, *, network: Network, mesh: Mesh) -> Logits:
     """`logits` where each device has a part of the rows of every map; what they need of their neighbors' rows,
     XLA sends. Inside of a compiled function: numbers of rows that the devices do not divide cannot be placed from
     outside."""
     rows = NamedSharding(mesh, PartitionSpec(None, "data"))
     images = jax.lax.with_sharding_constraint(_normalized(images, network), rows)
-    scores = _logits_of(params, batch_stats, images, network=network)
+    scores = _logits_of(weights, images, network=network)
     return jax.lax.with_sharding_constraint(scores, rows)
 
 
 @functools.partial(jax.jit, static_argnames=("network", "mesh"))
-def class_maps_by_rows(
-    params: Tree, batch_stats: Tree, images, *, network: Network, mesh: Mesh
-) -> Labels:
+def class_maps_by_rows(weights: Weights, images, *, network: Network, mesh: Mesh) -> Labels:
     """The most probable class of each pixel, on every device."""
-    scores = logits_by_rows(params, batch_stats, images, network=network, mesh=mesh)
+    scores = logits_by_rows(weights, images, network=network, mesh=mesh)
     classes = jnp.argmax(scores, axis=-1).astype(jnp.uint8)
     return jax.lax.with_sharding_constraint(classes, NamedSharding(mesh, PartitionSpec()))
 
 
 @functools.partial(jax.jit, static_argnames="network")
-def head_scores(params: Tree, batch_stats: Tree, images, size, *, network: Network) -> Maps:
+def head_scores(weights: Weights, images, size, *, network: Network) -> Maps:
     """Of raw images that are larger than `size` = (height, width): what lies beyond is the mean color."""
     images = normalize(images, network.normalization, dtype=jnp.float32)
     rows = jax.lax.broadcasted_iota(jnp.int32, images.shape, 1)
     columns = jax.lax.broadcasted_iota(jnp.int32, images.shape, 2)
     images = jnp.where((rows < size[0]) & (columns < size[1]), images, 0)
-    scores = _scores_of(params, batch_stats, images, network=network)
+    scores = _scores_of(weights, images, network=network)
     return scores.astype(jnp.float32)
 
 
@@ -127,11 +149,10 @@ _REPLICATED, _LANES = PartitionSpec(), PartitionSpec("data")
 
 
 @functools.partial(
-    jax.jit, static_argnames=("network", "averages", "flip", "mesh"), donate_argnums=2
+    jax.jit, static_argnames=("network", "averages", "flip", "mesh"), donate_argnums=1
 )
 def add_windows(
-    params: Tree,
-    batch_stats: Tree,
+    weights: Weights,
     canvas,
     crops,
     places,
@@ -145,16 +166,16 @@ def add_windows(
     """Crops of resized images (RGB 0 .. 255, but no whole numbers any more) through the network."""
     logits_of = functools.partial(_logits_of, network=network)
 
-    def lane(params, batch_stats, canvas, crops, places, counts):
+    def lane(weights, canvas, crops, places, counts):
         images = normalize(crops, network.normalization, dtype=jnp.float32)
         scores = canvas_module.window_scores(
-            functools.partial(logits_of, params, batch_stats), images, averages=averages, flip=flip
+            functools.partial(logits_of, weights), images, averages=averages, flip=flip
         )
         return canvas_module.add_windows(canvas[0], scores, places, counts[0])[None]
 
-    specs = (_REPLICATED, _REPLICATED, _LANES, _LANES, _LANES, _LANES)
+    specs = (_REPLICATED, _LANES, _LANES, _LANES, _LANES)
     mapped = jax.shard_map(lane, mesh=mesh, in_specs=specs, out_specs=_LANES, check_vma=False)
-    return mapped(params, batch_stats, canvas, crops, places, counts)
+    return mapped(weights, canvas, crops, places, counts)
 
 
 @functools.partial(jax.jit, static_argnames="mesh")

@@ -73,7 +73,8 @@ class Segmenter:
         self._mesh = parallel.make_mesh(jax.local_devices()) if mesh is None else mesh
         self._network = description.network(platform=parallel.platform_of(self._mesh))
         everywhere = parallel.replicated(self._mesh)
-        self._state = jax.device_put((params, batch_stats), everywhere)
+        weights = jax.device_put((params, batch_stats), everywhere)
+        self._weights = jax.device_put(passes.prepare(weights, network=self._network), everywhere)
 
     def __repr__(self) -> str:
         model, labels = self.description.model, self.label_set
@@ -86,7 +87,7 @@ class Segmenter:
         self, images: RawImages | Images
     ) -> Float32[jax.Array, "batch height width classes"]:
         """Class scores at input size. uint8 images are raw RGB, floating ones already normalized."""
-        return passes.logits(*self._state, self._place(images), network=self._network)
+        return passes.logits(self._weights, self._place(images), network=self._network)
 
     def probabilities(
         self,
@@ -196,7 +197,7 @@ class Segmenter:
         platform = None if self._network.platform == "cpu" else self._network.platform
         network = dataclasses.replace(self._network, platform=platform)
         images = jax.device_put(_checked(image)[None], parallel.replicated(self._mesh))
-        classes = passes.class_maps_by_rows(*self._state, images, network=network, mesh=self._mesh)
+        classes = passes.class_maps_by_rows(self._weights, images, network=network, mesh=self._mesh)
         return np.asarray(classes)[0]
 
     def choose_protocol(self, name: str | None = None, **options: Any) -> Protocol:
@@ -220,7 +221,7 @@ class Segmenter:
 
         def add(canvas: jax.Array, batch: AnyArray, places: AnyArray, counts: AnyArray):
             return passes.add_windows(
-                *self._state,
+                self._weights,
                 canvas,
                 *map(self._split, (batch, places, counts)),
                 network=self._network,
@@ -247,7 +248,7 @@ class Segmenter:
         after = (rule.padded(height) - height, rule.padded(width) - width)
         padded = np.pad(images, ((0, 0), (0, after[0]), (0, after[1]), (0, 0)))
         size = np.array([height, width], np.int32)
-        return passes.head_scores(*self._state, self._split(padded), size, network=self._network)
+        return passes.head_scores(self._weights, self._split(padded), size, network=self._network)
 
     @property
     def _resize_rule(self) -> str:
@@ -296,10 +297,10 @@ def load(path: str | Path, *, step: str | int = "best") -> Segmenter:
 
 def logits_function(stored: StoredModel) -> Callable[[RawImages], Logits]:
     """What `Segmenter.logits` computes of uint8 images, as one function that holds the weights."""
-    params, batch_stats = stored.part["params"], stored.part["batch_stats"]
+    weights = stored.part["params"], stored.part["batch_stats"]
 
     def logits_of(images: RawImages) -> Logits:
-        return passes.logits(params, batch_stats, images, network=stored.description.network())
+        return passes.logits(weights, images, network=stored.description.network())
 
     return logits_of
 

@@ -84,6 +84,7 @@ FOLDERS = {
         "survey",
     ],
     "models/": [
+        "once",
         "convolution",
         "layers",
         "resnet",

@@ -164,7 +164,7 @@ def convolution_of_pyramid(x, coarse, fine, kernel, bias, *, dtype, platform):
     """On a platform by `fuse`, on none stretched and concatenated."""
     conv, weights = conv_of(kernel, dtype, platform), ConvWeights(kernel, bias)
     if platform is not None:
-        return fuse(Pyramid(x, (coarse, fine)), conv, weights)
+        return fuse(Pyramid(x, (coarse, fine)), conv, weights, train=True)
     stretched = [resize(level, x.shape[1:3], align_corners=True) for level in (coarse, fine)]
     return conv.apply(jnp.concatenate([x, *stretched], axis=3), weights)
 

@@ -17,6 +17,7 @@ from pspnet_jax import load, parallel, passes
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.checkpoint import CheckpointFolder
 from pspnet_jax.models.families import IMAGENET_8BIT
+from pspnet_jax.models.once import Prepared
 from pspnet_jax.protocols import choose
 from pspnet_jax.segmenter import Provenance
 from pspnet_jax.stored_model import Description, model_part
@@ -130,7 +131,7 @@ def head_of(segmenter):
     """Logits at the network's own resolution."""
     return lambda images: np.asarray(
         passes.head_scores(
-            *segmenter._state,
+            segmenter._weights,
             np.float32(images * plain_protocols.STD + plain_protocols.MEAN),
             np.array(images.shape[1:3], np.int32),
             network=segmenter.description.network(),
@@ -315,12 +316,12 @@ def test_rows_are_split_over_devices(segmenter, ways):
     image = example(137, 90).image
     mesh = parallel.make_mesh(jax.devices()[:ways])
     plain = dataclasses.replace(segmenter._network, platform=None)
-    state = jax.device_put(segmenter._state, parallel.replicated(mesh))
+    weights = jax.device_put(segmenter._weights, parallel.replicated(mesh))
     by_rows = jax.jit(functools.partial(passes.logits_by_rows, network=plain, mesh=mesh))
     images = jax.device_put(image[None], parallel.replicated(mesh))
-    compiled = by_rows.lower(*state, images).compile()
+    compiled = by_rows.lower(weights, images).compile()
     expected = np.asarray(segmenter.logits(image[None]))
-    found = np.asarray(compiled(*state, images))
+    found = np.asarray(compiled(weights, images))
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
     text = compiled.as_text()
     heights = [int(height) for height in re.findall(r"f32\[1,(\d+),\S+ convolution\(", text)]
@@ -344,3 +345,28 @@ def test_class_map_by_rows(segmenter):
     )
     with pytest.raises(ValueError, match=r"float32\[59, 44, 3\]; it must be RGB"):
         segmenter.class_map_by_rows(image.astype(np.float32))
+
+
+@pytest.fixture
+def prepared(monkeypatch):
+    """`segmenter` as it is on GPUs, whose forms also run here."""
+    monkeypatch.setattr(parallel, "platform_of", lambda mesh: "gpu")
+    made = networks.segmenter()
+    assert isinstance(made._weights, Prepared)
+    return made
+
+
+@pytest.mark.parametrize("protocol", [None, networks.small_protocol()], ids=["whole", "windows"])
+def test_prepared_weights_predict_the_same(segmenter, prepared, protocol):
+    image = example(50, 80).image
+    (expected,) = segmenter.predict([image], protocol=protocol, probabilities="float32")
+    (found,) = prepared.predict([image], protocol=protocol, probabilities="float32")
+    np.testing.assert_allclose(found.probabilities, expected.probabilities, atol=1e-5)
+
+
+def test_prepared_weights_give_the_same_logits_whole_and_by_rows(segmenter, prepared):
+    image = example(50, 80).image
+    expected = np.asarray(segmenter.logits(image[None]))
+    np.testing.assert_allclose(prepared.logits(image[None]), expected, atol=1e-5)
+    classes = prepared.class_map_by_rows(image)
+    assert (classes == expected[0].argmax(-1)).mean() > 0.999

@@ -21,6 +21,7 @@ from jaxtyping import Float
 
 from pspnet_jax.arrays import Features
 from pspnet_jax.models.convolution import Kernel, convolve
+from pspnet_jax.models.once import once
 from pspnet_jax.resample import Pair, Platform
 
 Vectors = Float[jax.Array, "batch _channels"]
@@ -135,7 +136,7 @@ class Conv(nnx.Module):
 
     def apply(self, x: Features, weights: ConvWeights) -> Features:
         """With other weights than its own."""
-        kernel = weights.kernel.astype(self.dtype)
+        kernel = ready(weights.kernel, dtype=self.dtype, platform=self.platform)
         y = convolve(
             x.astype(self.dtype),
             kernel,
@@ -146,9 +147,18 @@ class Conv(nnx.Module):
         return checkpoint_name(add_bias(y, weights.bias), "convolution")
 
 
+def ready(kernel: Kernel, *, dtype: DTypeLike, platform: Platform) -> Kernel:
+    """In the dtype that is computed in; inference rounds it once."""
+    kernel = kernel.astype(dtype)
+    if platform != "gpu":
+        return once(kernel)
+    # In memory it is kept as cuDNN takes it, [out, height, width, in].
+    return once(kernel.transpose(3, 0, 1, 2)).transpose(1, 2, 3, 0)
+
+
 def add_bias(y: Features, bias: jax.Array | None) -> Features:
     """In the dtype of `y`."""
-    return y if bias is None else y + _repeated(bias, y)
+    return y if bias is None else y + _repeated(once(bias, dtype=y.dtype), y)
 
 
 class Linear(nnx.Module):

@@ -36,8 +36,10 @@ from pspnet_jax.models.layers import (
     RandomNumbers,
     add_bias,
     conv_norm,
+    ready,
     weights_with,
 )
+from pspnet_jax.models.once import once
 from pspnet_jax.resample import (
     Pair,
     adaptive_average_pools,
@@ -76,7 +78,9 @@ class Pyramid:
     align_corners: bool = True
 
 
-def fuse(pyramid: Pyramid, conv: Conv, weights: ConvWeights | None = None) -> Features:
+def fuse(
+    pyramid: Pyramid, conv: Conv, weights: ConvWeights | None = None, *, train: bool
+) -> Features:
     """The convolution of the map and its stretched levels, concatenated; neither is ever built.
 
     Stretching is U p U^T with a constant matrix U, and convolution is linear, so that
@@ -98,8 +102,10 @@ def fuse(pyramid: Pyramid, conv: Conv, weights: ConvWeights | None = None) -> Fe
         float32 (float64 where that is computed in), rounded, and added.
     """
     weights, dtype = weights or conv.weights(), conv.dtype
-    # Else XLA would cut the kernel at the start of the step and keep its parts (72 MiB of it) until here.
-    x, kernel = jax.lax.optimization_barrier((pyramid.map, weights.kernel))
+    x, kernel = pyramid.map, weights.kernel
+    if train:
+        # Else XLA would cut the kernel at the start of the step and keep its parts (72 MiB of it) until here.
+        x, kernel = jax.lax.optimization_barrier((x, kernel))
     x, kernel = x.astype(dtype), kernel.astype(dtype)
     num_levels = len(pyramid.levels)
     parts = [*pyramid.levels]
@@ -107,12 +113,14 @@ def fuse(pyramid: Pyramid, conv: Conv, weights: ConvWeights | None = None) -> Fe
     # One split: its gradient is one concatenation, that of slices a sum of kernels filled up with zeros.
     kernels = jnp.split(kernel, np.cumsum([part.shape[3] for part in parts])[:-1], axis=2)
     map_kernel = kernels.pop(0 if pyramid.map_first else num_levels)
+    map_kernel = ready(map_kernel, dtype=dtype, platform=conv.platform)
     y = convolve(x, map_kernel, platform=conv.platform)
     if pyramid.levels:
         wide = jnp.promote_types(dtype, jnp.float32)
         levels, kernels = (
             [x.astype(dtype).astype(wide) for x in arrays] for arrays in (pyramid.levels, kernels)
         )
+        kernels = [once(kernel) for kernel in kernels]
         size = (y.shape[1], y.shape[2])
         share = _convolve_stretched(levels, kernels, size, align_corners=pyramid.align_corners)
         # Rounded first: as the second summand of the convolution it goes into the same call of cuDNN.
@@ -284,7 +292,7 @@ class ClassifierHead(nnx.Module):
 
     def __call__(self, pyramid: Pyramid, *, train: bool, key: jax.Array | None) -> Logits:
         weights = weights_with(self.norm, self.conv, train=train)
-        x = fuse(pyramid, self.conv, weights)
+        x = fuse(pyramid, self.conv, weights, train=train)
         x = jax.nn.relu(self.norm(x, train=train) if weights is None else x)
         return self.classifier(self.dropout(x, train=train, key=key))
 
@@ -353,7 +361,7 @@ class ProgressiveHead(nnx.Module):
 
     def __call__(self, pyramid: Pyramid, *, train: bool, key: jax.Array | None) -> Logits:
         fuse_key, *block_keys = (None,) * 4 if key is None else jax.random.split(key, 4)
-        x = jax.nn.relu(fuse(pyramid, self.fuse))
+        x = jax.nn.relu(fuse(pyramid, self.fuse, train=train))
         x = self.fuse_dropout(x, train=train, key=fuse_key)
         for block, block_key in zip((self.up1, self.up2, self.up3), block_keys, strict=True):
             x = self.block_dropout(block(x, train=train), train=train, key=block_key)

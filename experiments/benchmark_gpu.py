@@ -9,7 +9,8 @@ busy machine. Then, in this order, as far as the minutes reach:
 
 * the training step of PSPNet-50 and PSPNet-101, 16 crops of 473, and the forward pass of PSPNet-50
   for 1 and 32 images: ours, and PyTorch compiled (channels-last, bfloat16 autocast);
-* with --more, for PSPNet-50, the same with XLA's fusion of convolutions, and the forward pass by PyTorch eager;
+* with --more, for PSPNet-50, the same with XLA's fusion of convolutions, the forward pass with logits in float32 (else
+  both sides give bfloat16) and by PyTorch eager;
 * the kernels of our step and forward pass, and the memory they need in a process that finds them compiled;
 * the rate of matrix products.
 
@@ -26,7 +27,7 @@ from pathlib import Path
 
 import benchmark_report
 from benchmark import OURS, Launcher, ceiling, machine, macs_of
-from benchmark_worker import Task, Worker, WorkerError
+from benchmark_worker import WIDE, Task, Worker, WorkerError
 from checkout import commit_of_checkout
 
 FUSION = "ours, conv fusion"
@@ -41,7 +42,7 @@ def groups(backbones: tuple[str, ...], **shape) -> dict[str, dict[str, Task]]:
     """What is compared -> column -> task; the columns that matter most come first."""
     small, large = backbones
     both = (OURS, COMPILED)
-    more = (*both, FUSION, EAGER) if shape["more"] else both
+    more = (*both, FUSION, WIDE, EAGER) if shape["more"] else both
     asked = {
         "training step": [(small, shape["batch"], more[:3]), (large, shape["batch"], both)],
         "forward": [(small, batch, more) for batch in (1, shape["forward_batch"])],

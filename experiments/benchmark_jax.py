@@ -15,10 +15,9 @@ import benchmark_counts
 import jax
 import jax.numpy as jnp
 import numpy as np
-from benchmark_worker import SCALES, Prepared, Task, best_rate, random_batch, random_image
-from flax import nnx
+from benchmark_worker import SCALES, WIDE, Prepared, Task, best_rate, random_batch, random_image
 
-from pspnet_jax import parallel, programs, protocols
+from pspnet_jax import parallel, passes, programs, protocols
 from pspnet_jax.arrays import Batch
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.compose import jit_over_mesh
@@ -27,7 +26,6 @@ from pspnet_jax.losses import LossOptions, tile_mib_of
 from pspnet_jax.models.families import FAMILIES, ModelOptions
 from pspnet_jax.models.pspnet import PSPNet, is_head
 from pspnet_jax.optimizer import poly_schedule, sgd
-from pspnet_jax.resample import resize
 from pspnet_jax.segmenter import Provenance, Segmenter
 from pspnet_jax.stored_model import Description
 from pspnet_jax.train_step import TrainState, create_train_state, make_train_step, split_model
@@ -77,18 +75,22 @@ def make_loss(task: Task) -> LossOptions:
 
 
 def forward(task: Task) -> Prepared:
-    """Normalized float32 images -> logits at image size."""
-    graphdef, params, batch_stats = split_model(make_model(task))
+    """Normalized float32 images -> logits at image size, as `Segmenter.logits` makes them.
+
+    They are rounded to what is computed in, which is what PyTorch's autocast gives; on a CPU both are float32.
+    """
+    options = make_options(task)
+    normalization = FAMILIES[options.family].normalization
+    network = passes.Network(options, task.num_classes, normalization, platform_of(task))
+    weights = passes.prepare(split_model(make_model(task))[1:], network=network)
     shape = (task.batch, task.crop, task.crop, 3)
     images = jnp.asarray(np.random.default_rng(0).standard_normal(shape, dtype=np.float32))
+    dtype = "float32" if task.column == WIDE else task.dtype
 
-    def logits_of(params, batch_stats, images):
-        outputs = nnx.merge(graphdef, params, batch_stats)(images, train=False)
-        return resize(
-            outputs.logits, images.shape[1:3], align_corners=True, platform=platform_of(task)
-        )
+    def logits_of(weights, images):
+        return passes.logits(weights, images, network=network).astype(dtype)
 
-    arguments = (params, batch_stats, images)
+    arguments = (weights, images)
     compiled, facts = compile_(task, jax.jit(logits_of), *arguments)
     return Prepared(
         functools.partial(compiled, *arguments), jax.block_until_ready, lambda: facts | peak()

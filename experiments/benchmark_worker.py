@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 COMMAND = Path(__file__).with_name("benchmark.py")
+WIDE = "ours, float32 logits"  # a column
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of evaluations, each with the mirror image
 LONG_SECONDS = 30.0  # calls below that are preceded by one that is not timed
 GROUP_SECONDS = 0.3  # on a GPU one measurement is as many calls as take about this long

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import Literal
 
 from pspnet_jax import passes
 from pspnet_jax.models import once as once_module
@@ -116,3 +117,26 @@ def test_prepared_weights_give_the_same_logits(backbone, family, dtype):
     # Norms are folded in float32 either way, and sums on a CPU may be taken in another order.
     rtol = {"float32": 1e-5, "bfloat16": 2**-8}[dtype]
     np.testing.assert_allclose(found, expected, rtol=0, atol=rtol * np.abs(expected).max())
+
+
+FREE = {"convert_element_type", "transpose", "broadcast_in_dim", "reshape", "squeeze"}
+"""What XLA makes part of the operation after it, or nothing at all."""
+
+
+def test_a_pass_makes_nothing_of_weights_alone():
+    network, weights = network_of(backbone="resnet50", dtype="bfloat16")
+    images = jax.ShapeDtypeStruct((1, 33, 33, 3), jnp.float32)
+
+    def made_of_weights(weights) -> set[str]:
+        logits = functools.partial(passes._logits_of, network=network)
+        jaxpr = jax.make_jaxpr(logits)(weights, images).jaxpr
+        known, found = set(jaxpr.invars[:-1]), set()
+        for equation in jaxpr.eqns:
+            inputs = {x for x in equation.invars if not isinstance(x, Literal)}
+            if inputs and inputs <= known:
+                known |= set(equation.outvars)
+                found.add(equation.primitive.name)
+        return found
+
+    assert {"mul", "rsqrt", "add"} <= made_of_weights(weights)
+    assert made_of_weights(passes.prepare(weights, network=network)) <= FREE

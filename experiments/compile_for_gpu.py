@@ -9,6 +9,7 @@ nothing is executed. What is found:
 * which convolutions become which call of cuDNN, with the size of their window. A window as large as
   the map is what XLA makes of the kernel gradient of a dilated convolution, if it is left to it;
 * which of them take bias, shortcut and ReLU along;
+* how many operations the device is sent, each of which takes a processor some microseconds;
 * the memory that the program needs: arguments, results and everything between. cuDNN's own working
   memory is not in it, because algorithms are chosen by trying them on a GPU.
 
@@ -137,6 +138,7 @@ class Case:
             image size).
         platform: of `PSPNet`.
         tile_mib: of `LossOptions`.
+        is_prepared: whether weights of inference are `passes.prepare`d, as those of a `Segmenter` are.
     """
 
     what: str
@@ -147,6 +149,7 @@ class Case:
     platform: str | None = "gpu"
     remat: bool = False
     tile_mib: float | None = tile_mib_of("gpu")
+    is_prepared: bool = True
 
 
 CASES = {
@@ -158,6 +161,7 @@ CASES = {
     "step_narrow_plain": Case("step", batch=2, width=8, platform=None),
     "inference": Case("inference", batch=16),
     "inference_one": Case("inference", batch=1),
+    "inference_one_unprepared": Case("inference", batch=1, is_prepared=False),
     "inference_plain": Case("inference", batch=16, platform=None),
     "inference_narrow_plain": Case("inference", batch=2, width=8, platform=None),
 }
@@ -199,8 +203,9 @@ def inference_of(case: Case) -> tuple[Callable, tuple]:
     """What `Segmenter.logits` runs, and the shapes of weights and images."""
     options, normalization = options_of(case), FAMILIES["semseg"].normalization
     network = passes.Network(options, NUM_CLASSES, normalization, case.platform)
-    prepare = functools.partial(passes.prepare, network=network)
-    weights = jax.eval_shape(prepare, passes.structure(network)[1:])
+    weights = passes.structure(network)[1:]
+    if case.is_prepared:
+        weights = jax.eval_shape(functools.partial(passes.prepare, network=network), weights)
     images = jax.ShapeDtypeStruct((case.batch, case.crop, case.crop, 3), jnp.uint8)
     return jax.jit(functools.partial(passes.logits, network=network)), (weights, images)
 
@@ -211,10 +216,12 @@ def compile_case(case: Case, device: SingleDeviceSharding) -> dict[str, Any]:
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
     start = time.perf_counter()
     compiled = function.lower(*placed).compile(compiler_options=NO_DEVICE)
+    seconds, text = time.perf_counter() - start, compiled.as_text()
     return {
-        "seconds": time.perf_counter() - start,
+        "seconds": seconds,
         "memory": memory_of(compiled.memory_analysis()),
-        "calls": [dataclasses.asdict(call) for call in library_calls(compiled.as_text())],
+        "num_operations": num_operations(text),
+        "calls": [dataclasses.asdict(call) for call in library_calls(text)],
     }
 
 
@@ -267,6 +274,17 @@ def library_calls(text: str) -> list[Call]:
     ]
 
 
+NOTHING = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element"}
+"""Opcodes that only name what is there."""
+
+
+def num_operations(text: str) -> int:
+    """Of the main computation of a compiled program, in XLA's notation: kernels, calls of libraries, copies."""
+    main = text[text.index("\nENTRY ") :]
+    found = re.findall(r"^ +(?:ROOT )?%\S+ = (?:\(.*?\)|\S+) ([\w-]+)\(", main, flags=re.MULTILINE)
+    return sum(opcode not in NOTHING for opcode in found)
+
+
 def _call(line: str, target: str) -> Call:
     def found(pattern: str, otherwise: str) -> str:
         match = re.search(pattern, line)
@@ -312,14 +330,16 @@ def write_report(output: Path, report: dict[str, Any]) -> None:
         "",
         f"jax {report['jax']}, plugin of XLA {report['jaxlib']}. Nothing was executed.",
         "",
-        "| case | needed GB | temporary GB | largest window | compile s |",
-        "|---|---|---|---|---|",
+        "| case | needed GB | temporary GB | operations | largest window | compile s |",
+        "|---|---|---|---|---|---|",
     ]
     done = {name: row for name, row in report["cases"].items() if "error" not in row}
     for name, row in done.items():
         memory = " | ".join(f"{row['memory'][key] / 1e9:.2f}" for key in ("needed", "temporary"))
         largest = max((max(call["window"]) for call in row["calls"]), default=0)
-        text.append(f"| {name} | {memory} | {largest} | {row['seconds']:.0f} |")
+        text.append(
+            f"| {name} | {memory} | {row['num_operations']} | {largest} | {row['seconds']:.0f} |"
+        )
     text += [
         f"| {name} | {row['error']} |" for name, row in report["cases"].items() if "error" in row
     ]

@@ -243,9 +243,10 @@ def _fit_line(what: str, fits: dict[str, dict], factor: str) -> str:
     for name, (unit, scale) in {"seconds": ("ms", 1e3), "temporary_bytes": ("MiB", 2**-20)}.items():
         if name in fits:
             found = fits[name]
-            line = (
-                f"{found['constant'] * scale:.4g} + {found['slope'] * scale:.4g} x {factor} {unit}"
-            )
+            constant, slope = found["constant"] * scale, found["slope"] * scale
+            if abs(slope) < 1e-9 * abs(constant):  # of a measurement that does not change
+                slope = 0.0
+            line = f"{constant:.4g} + {slope:.4g} x {factor} {unit}"
             said.append(f"exponent {found['exponent']:.2f} (straight line: {line})")
     return f"* {what}: " + "; temporaries: ".join(said)
 

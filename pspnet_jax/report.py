@@ -32,6 +32,7 @@ NUM_PANELS = 8
 NUM_OF_RANK = 3
 MAX_OVERVIEW_WIDTH = 2000  # pixels
 _PANEL_NOTE = "errors: red is wrong, gray is correct, black is void"
+_VOID_NOTE = "black is void"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,6 +249,7 @@ def example_panel(
         max_width: larger pictures are brought to it, pixels.
     """
     pictures, class_ids = _pictures(example, prediction, label_set)
+    has_void = bool((example.labels == IGNORE_LABEL).any())
     if not with_errors:
         del pictures["errors"]
     height, width = example.image.shape[:2]
@@ -263,7 +265,7 @@ def example_panel(
         names=label_set.names,
         palette=label_set.palette,
         min_height=min_height,
-        note=_PANEL_NOTE if with_errors else "",
+        note=_PANEL_NOTE if with_errors else _VOID_NOTE if has_void else "",
     )
 
 

@@ -309,6 +309,13 @@ class Run:
         )
         if self.what_was_scaled:
             log.info("%s", self.what_was_scaled)
+        warmup_steps, num_steps = self.config.optimizer.warmup_steps, self.config.train.num_steps
+        if warmup_steps >= num_steps:
+            log.warning(
+                "the learning rate still rises at the end: optimizer.warmup_steps=%d of train.num_steps=%d",
+                warmup_steps,
+                num_steps,
+            )
         options, device = self.description.model, jax.devices()[0]
         network = self.description.network(platform=parallel.platform_of(self.mesh))
         _, params, _ = passes.structure(network)

@@ -146,6 +146,8 @@ def test_ratios_are_those_of_single_rounds():
 def test_fit_finds_powers_and_lines():
     x = [1.0, 2.0, 4.0, 8.0]
     assert benchmark_growth.fit(x, [3 * v**2 for v in x])["exponent"] == pytest.approx(2)
+    constant = {"temporary_bytes": benchmark_growth.fit(x, [5 * 2.0**20] * len(x))}
+    assert "(straight line: 5 + 0 x batch MiB)" in benchmark_growth._fit_line("", constant, "batch")
     line = benchmark_growth.fit(x, [5 + 2 * v for v in x])
     assert (line["constant"], line["slope"]) == (pytest.approx(5), pytest.approx(2))
 

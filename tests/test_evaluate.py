@@ -415,9 +415,11 @@ def test_void_of_the_truth_is_black_in_the_prediction():
     made = example(60, 60)
     labels = made.labels.copy()
     labels[:, :30] = IGNORE_LABEL
-    picture = report.example_panel(
-        made._replace(labels=labels), np.full((60, 60), 3, np.uint8), CAMVID
-    )
+    found = np.full((60, 60), 3, np.uint8)
+    picture = report.example_panel(made._replace(labels=labels), found, CAMVID)
+    labels[:, :30] = labels[:, 30:]
+    without_void = report.example_panel(made._replace(labels=labels), found, CAMVID)
+    assert len(picture) == len(without_void) + 22  # a note says so
     prediction = picture[22:262, 8 + 2 * 248 : 8 + 2 * 248 + 240]
     assert not prediction[:, :120].any()
     assert (prediction[:, 120:] == CAMVID.palette[3]).all()

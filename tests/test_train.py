@@ -354,6 +354,14 @@ def test_learning_rate_and_steps_follow_the_batch(data, tmp_path):
     assert config.train.num_steps == 10  # the caller's is left alone
 
 
+@pytest.mark.parametrize("warmup_steps", [9, 10])
+def test_a_warmup_that_is_never_over_is_told(data, tmp_path, caplog, warmup_steps):
+    config = tiny(data, train__num_steps=10, optimizer__warmup_steps=warmup_steps)
+    compose(config, tmp_path).announce(first_step=0)
+    told = "rises at the end: optimizer.warmup_steps=10 of train.num_steps=10" in caplog.text
+    assert told == (warmup_steps == 10)
+
+
 def test_accumulation_says_what_it_does_not_accumulate(data, tmp_path):
     config = tiny(data, train__accumulate_steps=2, train__global_batch_size=16, train__num_steps=1)
     train(config, tmp_path)

@@ -9,7 +9,7 @@ nothing is executed. What is found:
 * which convolutions become which call of cuDNN, with the size of their window. A window as large as
   the map is what XLA makes of the kernel gradient of a dilated convolution, if it is left to it;
 * which of them take bias, shortcut and ReLU along;
-* how many operations the device is sent, each of which takes a processor some microseconds;
+* how many operations the device is sent, and how many of them make something of weights alone, which is the same each time;
 * the memory that the program needs: arguments, results and everything between. cuDNN's own working
   memory is not in it, because algorithms are chosen by trying them on a GPU.
 
@@ -220,7 +220,7 @@ def compile_case(case: Case, device: SingleDeviceSharding) -> dict[str, Any]:
     return {
         "seconds": seconds,
         "memory": memory_of(compiled.memory_analysis()),
-        "num_operations": num_operations(text),
+        "operations": operations(text),
         "calls": [dataclasses.asdict(call) for call in library_calls(text)],
     }
 
@@ -274,15 +274,32 @@ def library_calls(text: str) -> list[Call]:
     ]
 
 
-NOTHING = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element"}
-"""Opcodes that only name what is there."""
+NOTHING = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "copy-done"}
+"""Opcodes that only name what is there, or wait for it."""
 
 
-def num_operations(text: str) -> int:
-    """Of the main computation of a compiled program, in XLA's notation: kernels, calls of libraries, copies."""
+def operations(text: str) -> dict[str, int]:
+    """Of the main computation of a compiled program, in XLA's notation: kernels, calls of libraries, copies.
+
+    Returns:
+        'all' of them; 'of_weights': those that depend on arguments, but not on one with images in its name.
+    """
     main = text[text.index("\nENTRY ") :]
-    found = re.findall(r"^ +(?:ROOT )?%\S+ = (?:\(.*?\)|\S+) ([\w-]+)\(", main, flags=re.MULTILINE)
-    return sum(opcode not in NOTHING for opcode in found)
+    line = re.compile(
+        r"^ +(?:ROOT )?%(\S+) = (?:\(.*?\)|\S+) ([\w-]+)\((.*?)\)(?:, |$)", re.MULTILINE
+    )
+    sources: dict[str, set[str]] = {}  # name -> what it depends on, of 'weights' and 'images'
+    counts = {"all": 0, "of_weights": 0}
+    for name, opcode, operands in line.findall(main):
+        if opcode == "parameter":
+            sources[name] = {"images" if "images" in name else "weights"}
+        else:
+            known = (sources.get(x, set()) for x in re.findall(r"%([^\s,()]+)", operands))
+            sources[name] = set().union(*known)
+        if opcode not in NOTHING:
+            counts["all"] += 1
+            counts["of_weights"] += sources[name] == {"weights"}
+    return counts
 
 
 def _call(line: str, target: str) -> Call:
@@ -330,16 +347,15 @@ def write_report(output: Path, report: dict[str, Any]) -> None:
         "",
         f"jax {report['jax']}, plugin of XLA {report['jaxlib']}. Nothing was executed.",
         "",
-        "| case | needed GB | temporary GB | operations | largest window | compile s |",
+        "| case | needed GB | temporary GB | operations: all, of weights alone | largest window | compile s |",
         "|---|---|---|---|---|---|",
     ]
     done = {name: row for name, row in report["cases"].items() if "error" not in row}
     for name, row in done.items():
         memory = " | ".join(f"{row['memory'][key] / 1e9:.2f}" for key in ("needed", "temporary"))
         largest = max((max(call["window"]) for call in row["calls"]), default=0)
-        text.append(
-            f"| {name} | {memory} | {row['num_operations']} | {largest} | {row['seconds']:.0f} |"
-        )
+        counts = f"{row['operations']['all']}, {row['operations']['of_weights']}"
+        text.append(f"| {name} | {memory} | {counts} | {largest} | {row['seconds']:.0f} |")
     text += [
         f"| {name} | {row['error']} |" for name, row in report["cases"].items() if "error" in row
     ]

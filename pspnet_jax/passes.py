@@ -1,6 +1,6 @@
 """The compiled passes of a network: images in, class scores, canvases and tiles out.
 
-* Pure functions of parameters and images, compiled once for each network, protocol and image size, whoever
+* Pure functions of weights and images, compiled once for each network, protocol and image size, whoever
   asks: evaluations during training share their compilations.
 * A `Network` is plain data and holds no array.
 * Weights are those of a checkpoint, or what `prepare` made of them.
@@ -17,17 +17,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pspnet_jax import canvas as canvas_module
 from pspnet_jax.arrays import Images, Labels, Logits, RawImages
 from pspnet_jax.canvas import AxisTaps, Tile, Wanted
-from pspnet_jax.models import once
+from pspnet_jax.models import marks
 from pspnet_jax.models.families import ModelOptions, Normalization
 from pspnet_jax.models.layers import NoRandomNumbers
-from pspnet_jax.models.once import Prepared
+from pspnet_jax.models.marks import Prepared
 from pspnet_jax.models.pspnet import PSPNet
 from pspnet_jax.resample import Maps, Platform, resize
 from pspnet_jax.train_step import normalize, split_model
 from pspnet_jax.trees import Tree
 
 Weights = tuple[Tree, Tree] | Prepared
-"""(parameters, batch statistics), or what is made of them once."""
+"""(parameters, batch statistics), or what `prepare` made of them."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +64,16 @@ def structure(network: Network) -> tuple[nnx.GraphDef, Tree, Tree]:
 
 
 def prepare(weights: tuple[Tree, Tree], *, network: Network) -> Weights:
-    """For many passes: what each would make of the weights alone is made now. (Only on GPUs that is worth it: norms are
-    folded into convolutions, kernels rounded and laid out for cuDNN.)"""
+    """For many passes: what each would make of kernels and biases is made now. Only on GPUs that is worth it: norms are
+    folded into the convolutions before them, kernels rounded and laid out for cuDNN."""
     return _prepare(weights, network=network) if network.platform == "gpu" else weights
 
 
 @functools.partial(jax.jit, static_argnames="network")
 def _prepare(weights: tuple[Tree, Tree], *, network: Network) -> Prepared:
-    side = network.model.size_rule.padded(1)  # of any image
+    side = network.model.size_rule.padded(64)  # of any image from which no pool leaves nothing
     images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
-    return once.prepare(functools.partial(_run, network), weights, images)
+    return marks.prepare(functools.partial(_run, network), weights, images)
 
 
 def _run(network: Network, weights: tuple[Tree, Tree], images: Images) -> Maps:
@@ -85,7 +85,7 @@ def _scores_of(weights: Weights, images: Images, *, network: Network) -> Maps:
     """Logits of normalized images of a size that the network takes, at its own resolution."""
     run = functools.partial(_run, network)
     if isinstance(weights, Prepared):
-        return once.apply(run, structure(network)[1:], weights, images)
+        return marks.apply(run, structure(network)[1:], weights, images)
     return run(weights, images)
 
 

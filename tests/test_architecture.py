@@ -84,7 +84,7 @@ FOLDERS = {
         "survey",
     ],
     "models/": [
-        "once",
+        "marks",
         "convolution",
         "layers",
         "resnet",

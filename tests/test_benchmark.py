@@ -8,12 +8,13 @@ from pathlib import Path
 
 import benchmark_counts
 import benchmark_growth
+import benchmark_jax
 import benchmark_report
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from benchmark_worker import Task, Worker, WorkerError
+from benchmark_worker import WIDE, Task, Worker, WorkerError
 from flax import nnx
 
 from pspnet_jax import parallel
@@ -141,6 +142,15 @@ def test_ratios_are_those_of_single_rounds():
     assert found["PyTorch, compiled"]["high"] == 2.0
     assert set(found) == set(columns) - {"PyTorch, eager NCHW"}
     assert benchmark_report.best_of_torch({"ours": {"seconds": [1.0]}}) == ""
+
+
+@pytest.mark.parametrize(("column", "dtype"), [("ours", "bfloat16"), (WIDE, "float32")])
+def test_logits_of_the_forward_pass_are_those_of_the_other_side(column, dtype):
+    """PyTorch's autocast gives bfloat16 on GPUs."""
+    small = {"backbone": "resnet10", "width": 4, "num_classes": 5, "batch": 2, "crop": 33}
+    task = Task("benchmark_jax", column, "forward", "gpu", is_counted=False, **small)
+    logits = benchmark_jax.prepare(task).call()
+    assert (logits.shape, logits.dtype) == ((2, 33, 33, 5), dtype)
 
 
 def test_fit_finds_powers_and_lines():

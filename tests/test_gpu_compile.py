@@ -36,6 +36,7 @@ CASES = [
     "inference_narrow_plain",
     "inference_one_unprepared",
 ]
+CASES_OF_ONE = ("inference_one", "inference_one_unprepared")
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +92,11 @@ def test_inference_is_one_call_a_convolution(cases):
 
 @pytest.mark.slow
 def test_prepared_weights_save_more_than_half_of_the_operations(cases):
-    """96 and 218: else each of 61 convolutions has its kernel and its bias made again."""
-    assert cases["inference_one"]["num_operations"] <= 100
-    assert cases["inference_one_unprepared"]["num_operations"] >= 200
+    """Else each of 61 convolutions has its kernel and its bias made again."""
+    prepared, plain = (cases[name]["operations"] for name in CASES_OF_ONE)
+    assert prepared["all"] <= 100
+    assert prepared["of_weights"] == 0
+    assert plain["of_weights"] >= 2 * 61
 
 
 @pytest.mark.slow
@@ -150,21 +153,26 @@ def test_calls_are_read():
     ]
 
 
-def test_operations_are_counted():
+def test_operations_are_counted_by_what_they_depend_on():
     text = f"""%fused (p: f32[2]) -> f32[2] {{
   ROOT %add = f32[2]{{0}} add(%p, %p)
 }}
 
 ENTRY %main (x: f32[2]) -> (f32[2], f32[2]) {{
-  %x = f32[2]{{0}} parameter(0), metadata={{op_name="x"}}
-  %fusion.1 = f32[2]{{0}} fusion(%x), kind=kLoop, calls=%fused
+  %images.1 = f32[2]{{0}} parameter(0), metadata={{op_name="images"}}
+  %x = bf16[2,60,50,64]{{3,2,1,0}} fusion(%images.1), kind=kLoop, calls=%fused
+  %weights__k__.1 = f32[2]{{0}} parameter(1), metadata={{op_name="weights"}}
+  %fusion.1 = (f32[2]{{0}}, f32[2]{{0}}) fusion(%weights__k__.1), kind=kLoop, calls=%fused
+  %k = f32[2]{{0}} get-tuple-element(%fusion.1), index=0
 {CALL}
   %get.1 = bf16[2,60,50,64]{{3,2,1,0}} get-tuple-element(%cudnn-conv-bias-activation.1), index=0
-  %copy-start = (f32[2]{{0}}, f32[2]{{0}}, u32[]) copy-start(%fusion.1)
-  ROOT %tuple = (f32[2]{{0}}, f32[2]{{0}}) tuple(%fusion.1, %x)
+  %copy-start = (f32[2]{{0}}, f32[2]{{0}}, u32[]) copy-start(%k)
+  %copy-done = f32[2]{{0}} copy-done(%copy-start)
+  %position = f32[2]{{0}} fusion(), kind=kLoop, calls=%iota
+  ROOT %tuple = (f32[2]{{0}}, f32[2]{{0}}) tuple(%fusion.1, %copy-done)
 }}
 """
-    assert compile_for_gpu.num_operations(text) == 3
+    assert compile_for_gpu.operations(text) == {"all": 5, "of_weights": 2}
 
 
 def test_missing_packages_are_named(monkeypatch):

@@ -17,7 +17,7 @@ from pspnet_jax import load, parallel, passes
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.checkpoint import CheckpointFolder
 from pspnet_jax.models.families import IMAGENET_8BIT
-from pspnet_jax.models.once import Prepared
+from pspnet_jax.models.marks import Prepared
 from pspnet_jax.protocols import choose
 from pspnet_jax.segmenter import Provenance
 from pspnet_jax.stored_model import Description, model_part
@@ -353,6 +353,8 @@ def prepared(monkeypatch):
     monkeypatch.setattr(parallel, "platform_of", lambda mesh: "gpu")
     made = networks.segmenter()
     assert isinstance(made._weights, Prepared)
+    arrays = [x for x in jax.tree.leaves(vars(made)) if isinstance(x, jax.Array)]
+    assert len(arrays) == len(jax.tree.leaves(made._weights))  # the others are not kept
     return made
 
 
@@ -370,3 +372,20 @@ def test_prepared_weights_give_the_same_logits_whole_and_by_rows(segmenter, prep
     np.testing.assert_allclose(prepared.logits(image[None]), expected, atol=1e-5)
     classes = prepared.class_map_by_rows(image)
     assert (classes == expected[0].argmax(-1)).mean() > 0.999
+
+
+def test_windows_are_added_in_place(segmenter, monkeypatch):
+    """Of large images the canvas is most of the memory: never two of them."""
+    given = []
+
+    def add_windows(*arguments, **options):
+        given.append(arguments)
+        return real(*arguments, **options)
+
+    real = passes.add_windows
+    monkeypatch.setattr(passes, "add_windows", add_windows)
+    list(segmenter.predict([example(50, 80).image], protocol=networks.small_protocol()))
+    for weights, canvas, *rest in given:
+        assert canvas.is_deleted()
+        assert not any(x.is_deleted() for x in (*jax.tree.leaves(weights), *rest))
+    assert given

@@ -21,7 +21,7 @@ from jaxtyping import Float
 
 from pspnet_jax.arrays import Features
 from pspnet_jax.models.convolution import Kernel, convolve
-from pspnet_jax.models.once import once
+from pspnet_jax.models.marks import once
 from pspnet_jax.resample import Pair, Platform
 
 Vectors = Float[jax.Array, "batch _channels"]

@@ -39,7 +39,7 @@ from pspnet_jax.models.layers import (
     ready,
     weights_with,
 )
-from pspnet_jax.models.once import once
+from pspnet_jax.models.marks import once
 from pspnet_jax.resample import (
     Pair,
     adaptive_average_pools,
@@ -120,6 +120,7 @@ def fuse(
         levels, kernels = (
             [x.astype(dtype).astype(wide) for x in arrays] for arrays in (pyramid.levels, kernels)
         )
+        # Kept in float32, as their products take them: rounding loses nothing, but each pass would widen them again.
         kernels = [once(kernel) for kernel in kernels]
         size = (y.shape[1], y.shape[2])
         share = _convolve_stretched(levels, kernels, size, align_corners=pyramid.align_corners)

@@ -1,8 +1,9 @@
-"""What a function makes of its weights alone, computed once and not for every image.
+"""Values that a function makes of its weights alone: marked, to be computed once and not for every image.
 
 * The function marks such values where it makes them (`once`).
-* JAX traces the function to a list of equations (https://docs.jax.dev/en/latest/jaxpr.html), and any part of a list is a
-  function, too: `prepare` is the part from the weights to the marks, `apply` that from the marks to the result.
+* JAX traces the function to a list of equations (https://docs.jax.dev/en/latest/jaxpr.html), and any part of a
+  list is a function, too: `prepare` is the part from the weights to the marks, `apply` that from the marks to
+  the result.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +30,11 @@ class Prepared(NamedTuple):
 
 
 def once(x: jax.Array, *, dtype: DTypeLike | None = None) -> jax.Array:
-    """x, marked. A value that is rounded to `dtype` wherever it is used may be kept so, which takes less memory."""
+    """x, marked; no mark has an effect but on `prepare` and `apply`, and none inside a function under `jax.jit`.
+
+    Args:
+        dtype: what it may be rounded to when it is kept, because whoever reads it rounds it to that. None: as it is.
+    """
     return checkpoint_name(x, f"{_MARK} {jnp.dtype(dtype or x.dtype).name}")
 
 
@@ -45,10 +50,11 @@ def prepare(function: Callable, weights: Any, *inputs: Any) -> Prepared:
         ValueError: where a marked value is made of inputs, too.
     """
     cut = _Cut(function, weights, *inputs)
-    if cut.missing(cut.weights, cut.marks):
-        raise ValueError(
-            "a value that is marked by `once` is made of the inputs, too, not of weights alone"
-        )
+    for mark in cut.marks:
+        if cut.missing(cut.weights, [mark]):
+            raise ValueError(
+                f"a value of shape {mark.aval.shape} that is marked by `once` is made of the inputs, too"
+            )
     values = cut.part(cut.weights, cut.marks)(*jax.tree.leaves(weights))
     others = cut.missing([*cut.marks, *cut.inputs], cut.results)
     leaves = dict(zip(cut.weights, jax.tree.leaves(weights), strict=True))
@@ -94,8 +100,10 @@ class _Cut:
         """The function from known variables to wanted ones."""
         jaxpr = self._closed.jaxpr
         _, equations = self._between(known, wanted)
-        arguments = jaxpr.constvars, known, wanted, equations, jaxpr.effects, jaxpr.debug_info
-        return jaxpr_as_fun(ClosedJaxpr(Jaxpr(*arguments), self._closed.consts))
+        # Names of arguments and results are those of the whole function.
+        unnamed = jaxpr.debug_info._replace(arg_names=None, result_paths=None)
+        part = Jaxpr(jaxpr.constvars, known, wanted, equations, jaxpr.effects, unnamed)
+        return jaxpr_as_fun(ClosedJaxpr(part, self._closed.consts))
 
     def _between(
         self, known: Sequence[Variable], wanted: Sequence[Variable]

@@ -41,8 +41,9 @@ def inputs():
 
 def test_apply_is_the_function(weights, inputs):
     shapes = jax.eval_shape(lambda: weights)
-    prepared = marks.prepare(dense, weights, *jax.eval_shape(lambda: inputs))
-    found = marks.apply(dense, shapes, prepared, *inputs)
+    with jax.enable_checks(True):  # JAX's own, of what `marks` makes
+        prepared = marks.prepare(dense, weights, *jax.eval_shape(lambda: inputs))
+        found = marks.apply(dense, shapes, prepared, *inputs)
     expected = dense(weights, *inputs)
     assert found.keys() == expected.keys()
     for name, value in expected.items():

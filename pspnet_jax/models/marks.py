@@ -50,11 +50,11 @@ def prepare(function: Callable, weights: Any, *inputs: Any) -> Prepared:
         ValueError: where a marked value is made of inputs, too.
     """
     cut = _Cut(function, weights, *inputs)
-    for mark in cut.marks:
-        if cut.missing(cut.weights, [mark]):
-            raise ValueError(
-                f"a value of shape {mark.aval.shape} that is marked by `once` is made of the inputs, too"
-            )
+    if cut.missing(cut.weights, cut.marks):
+        wrong = next(mark for mark in cut.marks if cut.missing(cut.weights, [mark]))
+        raise ValueError(
+            f"a value of shape {wrong.aval.shape} that is marked by `once` is made of the inputs, too"
+        )
     values = cut.part(cut.weights, cut.marks)(*jax.tree.leaves(weights))
     others = cut.missing([*cut.marks, *cut.inputs], cut.results)
     leaves = dict(zip(cut.weights, jax.tree.leaves(weights), strict=True))
@@ -109,12 +109,13 @@ class _Cut:
         self, known: Sequence[Variable], wanted: Sequence[Variable]
     ) -> tuple[set[Variable], list[JaxprEqn]]:
         """What the wanted variables are made of that is not known, and the equations that make them."""
-        needed, equations = _variables(wanted) - set(known), []
+        given = set(known)
+        needed, equations = _variables(wanted) - given, []
         for equation in reversed(self._closed.jaxpr.eqns):
             if not needed.isdisjoint(equation.outvars):
                 equations.append(equation)
-                needed -= set(equation.outvars)
-                needed |= _variables(equation.invars) - set(known)
+                needed.difference_update(equation.outvars)
+                needed |= _variables(equation.invars) - given
         return needed, equations[::-1]
 
 

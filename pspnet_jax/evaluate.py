@@ -87,6 +87,7 @@ def evaluate(
         predictions=_gather_maps(part, shown),
         protocol=protocol,
         label_set=segmenter.label_set,
+        model=segmenter.description.model,
     )
 
 
@@ -186,11 +187,22 @@ def _home(checkpoint: str) -> Path:
 
 
 def output_folder(
-    workdir: Path, *, step: int, split: str, protocol: Protocol, label_set: LabelSet
+    workdir: Path,
+    *,
+    step: int,
+    split: str,
+    protocol: Protocol,
+    label_set: LabelSet,
+    dtype: str | None = None,
 ) -> Path:
-    """Where a run keeps the report of one evaluation."""
+    """Where a run keeps the report of one evaluation.
+
+    Args:
+        dtype: what was computed in, where that was asked for.
+    """
     name = split.removesuffix(".txt").replace("/", "_")  # a split may be the path of a list file
-    return workdir / "evaluation" / f"{step:08d}-{name}-{protocol.label(label_set)}"
+    parts = [f"{step:08d}", name, protocol.label(label_set), *([dtype] if dtype else [])]
+    return workdir / "evaluation" / "-".join(parts)
 
 
 def run(
@@ -202,6 +214,7 @@ def run(
     protocol: str | None = None,
     protocol_options: Mapping[str, Any] | None = None,
     passes: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
     output: str | None = None,
 ) -> dict:
     """The verb `evaluate`: a checkpoint over a split of its own data, or of that of `config`.
@@ -213,16 +226,17 @@ def run(
         protocol: by name; None: the checkpoint's own.
         protocol_options: override the protocol's; None values do not.
         passes: `batch_size` and `canvas_gib` instead of the config's.
+        dtype: what maps are computed in; None: the checkpoint's own.
         output: folder of the report; None: in the run.
 
     Returns:
         The report, as written to report.json.
 
     Raises:
-        ValueError: where there is no data section, or its label set is not the checkpoint's.
+        ValueError: where there is no data section, or its label set is not the checkpoint's; for another dtype.
         FileExistsError: where the folder holds the report of another evaluation.
     """
-    segmenter = load(checkpoint, step=step)
+    segmenter = load(checkpoint, step=step, dtype=dtype)
     config, label_set = _find_data(checkpoint, config, segmenter.label_set)
     config.evaluate.update(passes or {})
     config_module.validate(config)
@@ -234,7 +248,12 @@ def run(
         log.info("by the checkpoint's protocol; the config's is used with --protocol=%s", named)
     number = segmenter.provenance.step
     usual = output_folder(
-        _home(checkpoint), step=number, split=split, protocol=chosen, label_set=segmenter.label_set
+        _home(checkpoint),
+        step=number,
+        split=split,
+        protocol=chosen,
+        label_set=segmenter.label_set,
+        dtype=dtype,
     )
     folder, origin = Path(output) if output else usual, data_origin(config.data)
     _check_folder(folder, segmenter, chosen, {"split": split, **origin})
@@ -273,12 +292,13 @@ def _check_folder(
     there = json.loads(path.read_text())
     here = {
         "checkpoint": {"digest": segmenter.provenance.digest},
+        "network": {"dtype": segmenter.description.model.dtype},
         "protocol": json.loads(json.dumps(protocol.to_json())),
         "data": {"labels": segmenter.label_set.name, **data},
     }
     for part, values in here.items():
         for name, value in values.items():
-            old = there[part].get(name, value)  # older reports say less
+            old = there.get(part, {}).get(name, value)  # older reports say less
             if old != value:
                 raise FileExistsError(
                     f"{path} is the report of another evaluation: its {part}'s {name} is {old}, here it "

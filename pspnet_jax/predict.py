@@ -82,6 +82,7 @@ def run(
     overwrite: bool = False,
     resume: bool = False,
     step: str = "best",
+    dtype: str | None = None,
 ) -> list[Path]:
     """The verb `predict`.
 
@@ -95,6 +96,7 @@ def run(
         canvas_gib: limit of device memory for class scores of unfinished images, GiB.
         overwrite: replace results that exist.
         resume: leave out images whose results all exist.
+        dtype: what maps are computed in; None: the checkpoint's own.
 
     Returns:
         The images that were predicted.
@@ -114,7 +116,7 @@ def run(
     todo = _to_do(targets, overwrite=overwrite, resume=resume)
     if len(todo) < len(files):
         log.info("%d of %d images have their results already", len(files) - len(todo), len(files))
-    segmenter = load(checkpoint, step=step)
+    segmenter = load(checkpoint, step=step, dtype=dtype)
     chosen = segmenter.choose_protocol(protocol, **(protocol_options or {}))
     raw_ids = benchmark.raw_ids(segmenter.label_set) if benchmark else None
     _write_about(Path(output), segmenter, chosen, outputs, overwrite=overwrite)
@@ -208,6 +210,7 @@ def _write_about(
     label_set, provenance = segmenter.label_set, segmenter.provenance
     about = {
         "checkpoint": {"step": provenance.step, "digest": provenance.digest},
+        "dtype": segmenter.description.model.dtype,
         "labels": label_set.name,
         "protocol": {k: v for k, v in protocol.to_json().items() if k != "absent_class"},
     }

@@ -21,6 +21,7 @@ from pspnet_jax.arrays import IGNORE_LABEL, Example, LabelMap
 from pspnet_jax.catalog import LabelSet
 from pspnet_jax.data.pipeline import Source
 from pspnet_jax.metrics import Confusion, ImageScore, Scores, group_iou, scores
+from pspnet_jax.models.families import ModelOptions
 from pspnet_jax.protocols import Protocol
 from pspnet_jax.report_html import ShownImage, page
 from pspnet_jax.report_text import as_json, markdown
@@ -33,6 +34,7 @@ NUM_OF_RANK = 3
 MAX_OVERVIEW_WIDTH = 2000  # pixels
 _PANEL_NOTE = "errors: red is wrong, gray is correct, black is void"
 _VOID_NOTE = "black is void"
+_OF_NETWORK = ("family", "backbone", "width", "dtype")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Evaluation:
     """Index -> predicted class map of the images that are shown."""
     protocol: Protocol
     label_set: LabelSet
+    model: ModelOptions
 
     @property
     def num_images(self) -> int:
@@ -121,6 +124,7 @@ def report(
         "data": {"labels": label_set.name, "split": split, "num_images": evaluation.num_images}
         | dict(origin or {}),
         "checkpoint": dataclasses.asdict(provenance),
+        "network": {name: getattr(evaluation.model, name) for name in _OF_NETWORK},
         "software": {"pspnet_jax": __version__, "jax": jax.__version__},
         "device": f"{jax.device_count()} x {device.device_kind}",
         "seconds": round(evaluation.seconds, 3),

@@ -20,7 +20,7 @@ from jaxtyping import Float64, UInt8
 from pspnet_jax import visualize
 from pspnet_jax.arrays import RawImage
 from pspnet_jax.metrics import ImageScore
-from pspnet_jax.report_text import METRICS, percent, protocol_words
+from pspnet_jax.report_text import METRICS, network_words, percent, protocol_words
 
 PICTURE_SIZE = (480, 640)
 """Largest width and height of a picture, pixels."""
@@ -285,6 +285,7 @@ def _facts(contents: Mapping[str, Any]) -> str:
         + "".join(
             f", {name} {data[name]}" for name in ("source", "layout", "root") if name in data
         ),
+        "Network": network_words(contents["network"]),
         "Checkpoint": f"{checkpoint['path']}, step {checkpoint['step']:,}",
         "Digest": checkpoint["digest"],
         "Software": software,

@@ -22,6 +22,14 @@ def protocol_words(options: Mapping[str, Any]) -> str:
     return Protocol.from_json(dict(options)).describe()
 
 
+def network_words(network: Mapping[str, Any]) -> str:
+    """What was evaluated, from the report."""
+    return (
+        f"{network['family']} {network['backbone']} of width {network['width']}, computed in "
+        f"{network['dtype']}"
+    )
+
+
 def percent(value: float | None) -> str:
     """A share as per cent; '-' where there is none."""
     return "-" if value is None else f"{100 * value:.2f}"
@@ -34,6 +42,8 @@ def markdown(contents: Mapping[str, Any]) -> str:
         f"# {_cell(data['labels'])}, {_cell(data['split'])}, {data['num_images']} images",
         "",
         f"Protocol: {protocol_words(contents['protocol'])}",
+        "",
+        f"Network: {network_words(contents['network'])}",
         "",
         "With pictures: [report.html](report.html), [overview](panels/overview.png), [panels](panels)",
         "",

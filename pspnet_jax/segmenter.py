@@ -273,22 +273,23 @@ class Segmenter:
         return jax.device_put(images, sharding)
 
 
-def load(path: str | Path, *, step: str | int = "best") -> Segmenter:
+def load(path: str | Path, *, step: str | int = "best", dtype: str | None = None) -> Segmenter:
     """The network of a run folder, a converted model, a file that `export` wrote, or a shipped one.
 
     Args:
         path: the run's folder, the one that holds `checkpoints`; a file of `export --format=pspnet_jax`; or
             'scenes', the network that comes with the package.
         step: 'best' (highest validation mean IoU), 'latest', or a step number.
+        dtype: what maps are computed in, 'float32' or 'bfloat16'; None: what the network was trained in.
 
     Raises:
         FileNotFoundError: where there is no such checkpoint, naming the steps there are.
-        ValueError: for a file of weights that does not describe its network.
+        ValueError: for a file of weights that does not describe its network, or another dtype.
         checkpoint.CorruptCheckpointError: where it does not hold what was written.
     """
     stored = stored_model.read(path, step=step)
     return Segmenter(
-        stored.description,
+        stored.description.computed_in(dtype),
         stored.part["params"],
         stored.part["batch_stats"],
         provenance=Provenance(path=str(path), step=stored.step, digest=stored.digest),

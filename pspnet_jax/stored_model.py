@@ -5,7 +5,7 @@
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +41,12 @@ class Description:
         """What it computes, on a platform (None: anywhere)."""
         num_classes = self.label_set.num_classes
         return Network(self.model, num_classes, self.normalization, platform)
+
+    def computed_in(self, dtype: str | None) -> "Description":
+        """The same with another `model.dtype` (None: its own); ValueError for one that there is not."""
+        if dtype is None:
+            return self
+        return replace(self, model=ModelOptions.resolve(asdict(self.model) | {"dtype": dtype}))
 
     def to_json(self) -> str:
         return json.dumps(

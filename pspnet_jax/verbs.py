@@ -68,6 +68,7 @@ def _run_evaluate(values: flags.FlagValues, words: list[str]) -> None:
         protocol=value(values, "protocol"),
         protocol_options=_protocol_options(values),
         passes=_passes(values),
+        dtype=value(values, "dtype"),
         output=value(values, "output"),
     )
 
@@ -115,6 +116,7 @@ def _run_predict(values: flags.FlagValues, words: list[str]) -> None:
         overwrite=value(values, "overwrite"),
         resume=value(values, "resume"),
         step=value(values, "step"),
+        dtype=value(values, "dtype"),
     )
 
 
@@ -418,6 +420,12 @@ def _define_passes(values: flags.FlagValues) -> None:
         "canvas_gib",
         None,
         "Memory for scores of unfinished images, GiB (default: the config's, else 2).",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "dtype",
+        None,
+        "Computed in: float32 or bfloat16 (default: what the checkpoint was trained in).",
         flag_values=values,
     )
 

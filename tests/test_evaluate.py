@@ -47,6 +47,7 @@ class Oracle(Segmenter):
     """Stands for a segmenter: says class 3 everywhere, or the truth where it knows it."""
 
     label_set = CAMVID
+    description = description()
 
     def __init__(self, truths=(), *, read_ahead=1):
         self.truths = {image.tobytes(): labels for image, labels in truths}
@@ -133,9 +134,9 @@ def test_an_image_that_is_missing_or_counted_twice_is_noticed(monkeypatch):
 
 
 def test_every_split_and_protocol_has_its_own_folder():
-    def folder(split, protocol):
+    def folder(split, protocol, **options):
         return evaluate.output_folder(
-            Path("run"), step=7, split=split, protocol=protocol, label_set=CAMVID
+            Path("run"), step=7, split=split, protocol=protocol, label_set=CAMVID, **options
         ).name
 
     assert folder("val", WHOLE) == "00000007-val-whole"
@@ -143,6 +144,7 @@ def test_every_split_and_protocol_has_its_own_folder():
     assert folder("/lists/a/val.txt", WHOLE) == "00000007-_lists_a_val-whole"
     assert folder("b/val.txt", WHOLE) == "00000007-b_val-whole"
     assert folder("val", choose("semseg", CAMVID)) == "00000007-val-semseg"
+    assert folder("val", WHOLE, dtype="bfloat16") == "00000007-val-whole-bfloat16"
 
 
 def test_truth_scores_one():
@@ -173,6 +175,7 @@ def test_report_and_pictures(tmp_path):
         "protocol",
         "data",
         "checkpoint",
+        "network",
         "software",
         "device",
         "seconds",
@@ -448,18 +451,48 @@ evaluate.run(checkpoint, config=None, output=output)
 """
 
 
+def stored_run(path: Path, data: Path) -> Path:
+    """An untrained network over data in a folder."""
+    folder = CheckpointFolder(path / "checkpoints")
+    _, params, batch_stats = split_model(network(CAMVID.num_classes))
+    folder.save(3, {"model": model_part(description(), params, batch_stats)}, mean_iou=None)
+    folder.wait()
+    (path / "config.json").write_text(default_tiny(data))
+    return path
+
+
+def test_evaluated_in_half_precision(tmp_path):
+    """Reports say what was computed in, and two of them do not share a folder."""
+    write_split(tmp_path / "data", "val", 2)
+    run = str(stored_run(tmp_path / "run", tmp_path / "data"))
+    found = {dtype: evaluate.run(run, config=None, dtype=dtype) for dtype in (None, "bfloat16")}
+    names = {path.name for path in (tmp_path / "run/evaluation").iterdir()}
+    assert names == {"00000003-val-whole", "00000003-val-whole-bfloat16"}
+    expected = {"family": "semseg", "backbone": "resnet10", "width": 8}
+    assert found[None]["network"] == expected | {"dtype": "float32"}
+    assert found["bfloat16"]["network"] == expected | {"dtype": "bfloat16"}
+    assert found["bfloat16"]["mean_iou"] == pytest.approx(found[None]["mean_iou"], abs=0.01)
+    for name in names:
+        words = found["bfloat16" if "bfloat16" in name else None]["network"]["dtype"]
+        text = (tmp_path / "run/evaluation" / name / "report.md").read_text()
+        assert f"Network: semseg resnet10 of width 8, computed in {words}\n" in text
+        assert (
+            f"width 8, computed in {words}<"
+            in (tmp_path / "run/evaluation" / name / "report.html").read_text()
+        )
+    output = str(tmp_path / "run/evaluation/00000003-val-whole")
+    with pytest.raises(FileExistsError, match="its network's dtype is float32, here it is bfl"):
+        evaluate.run(run, config=None, dtype="bfloat16", output=output)
+    with pytest.raises(ValueError, match="dtype='half' is not"):
+        evaluate.run(run, config=None, dtype="half")
+
+
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path):
     """Seven images of two sizes over two local processes with two devices each."""
     write_split(tmp_path / "data", "val", 7)
     write_split(tmp_path / "data", "val", 4, size=(30, 40))
-    run = tmp_path / "run"
-    folder = CheckpointFolder(run / "checkpoints")
-    _, params, batch_stats = split_model(network(CAMVID.num_classes))
-    folder.save(3, {"model": model_part(description(), params, batch_stats)}, mean_iou=None)
-    folder.wait()
-    config = default_tiny(tmp_path / "data")
-    (run / "config.json").write_text(config)
+    run = stored_run(tmp_path / "run", tmp_path / "data")
     alone = start_processes(1, run, tmp_path / "alone")
     both = start_processes(2, run, tmp_path / "both")
     assert "mean IoU" in both[0]

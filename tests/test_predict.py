@@ -14,6 +14,7 @@ from pspnet_jax.data.folders import read_image
 from pspnet_jax.data.layouts import DataError
 from pspnet_jax.segmenter import Prediction, Protocol, Provenance, Segmenter
 
+import networks
 from pictures import example, write_image, write_turned_photograph
 
 BUDGET_SECONDS = 20
@@ -33,6 +34,7 @@ class StubSegmenter(Segmenter):
         self.label_set = load_label_set(labels)
         self.protocol = Protocol("whole", flip=True, absent_class="skip")
         self.provenance = Provenance("memory", 7, digest)
+        self.description = networks.description()
         self.options = {}
 
     def predict(self, images, *, confidence, entropy, probabilities, **options):
@@ -60,7 +62,12 @@ class StubSegmenter(Segmenter):
 @pytest.fixture
 def segmenter(monkeypatch):
     stub = StubSegmenter()
-    monkeypatch.setattr(predict, "load", lambda path, step: stub)
+
+    def load(path, step, dtype):
+        stub.description = stub.description.computed_in(dtype)
+        return stub
+
+    monkeypatch.setattr(predict, "load", load)
     return stub
 
 
@@ -221,6 +228,9 @@ def test_results_of_two_checkpoints_or_protocols_are_not_mixed(segmenter, photog
         FileExistsError, match=r'prediction.json says "flip": true, here it is "flip": false:'
     ):
         predict.run(*argv, **options, protocol_options={"flip": False})
+    with pytest.raises(FileExistsError, match=r'says "dtype": "float32", here it is "dtype": "bfl'):
+        predict.run(*argv, **options, dtype="bfloat16")
+    segmenter.description = networks.description()
     segmenter.provenance = Provenance("memory", 7, "other")
     with pytest.raises(FileExistsError, match=r'says "digest": "abc".*choose another --output'):
         predict.run(*argv, **options)

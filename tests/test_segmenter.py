@@ -389,3 +389,15 @@ def test_windows_are_added_in_place(segmenter, monkeypatch):
         assert canvas.is_deleted()
         assert not any(x.is_deleted() for x in (*jax.tree.leaves(weights), *rest))
     assert given
+
+
+def test_a_stored_network_in_half_precision():
+    image = example(50, 80).image
+    full, half = (load("scenes", dtype=dtype) for dtype in (None, "bfloat16"))
+    assert (full.description.model.dtype, half.description.model.dtype) == ("float32", "bfloat16")
+    expected, found = (np.asarray(each.logits(image[None])) for each in (full, half))
+    assert found.dtype == np.float32
+    difference = np.abs(found - expected).max() / np.abs(expected).max()
+    assert 1e-4 < difference < 0.05
+    with pytest.raises(ValueError, match="dtype='float16' is not"):
+        load("scenes", dtype="float16")

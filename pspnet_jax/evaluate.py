@@ -243,13 +243,12 @@ def run(
     split = split or config.evaluate.split or config.data.val_split
     source = open_split(config.data, split=split, label_set=label_set)
     chosen = segmenter.choose_protocol(protocol, **(protocol_options or {}))
-    if protocol is None and config.evaluate.protocol != chosen.name:
-        named = config.evaluate.protocol
+    named = config.evaluate.protocol
+    if protocol is None and named != chosen.name:
         log.info("by the checkpoint's protocol; the config's is used with --protocol=%s", named)
-    number = segmenter.provenance.step
     usual = output_folder(
         _home(checkpoint),
-        step=number,
+        step=segmenter.provenance.step,
         split=split,
         protocol=chosen,
         label_set=segmenter.label_set,
@@ -257,21 +256,20 @@ def run(
     )
     folder, origin = Path(output) if output else usual, data_origin(config.data)
     _check_folder(folder, segmenter, chosen, {"split": split, **origin})
-    evaluation = evaluate(
-        segmenter,
-        source,
-        protocol=chosen,
-        batch_size=config.evaluate.batch_size,
-        canvas_gib=config.evaluate.canvas_gib,
-    )
+    size = {name: config.evaluate[name] for name in ("batch_size", "canvas_gib")}
+    evaluation = evaluate(segmenter, source, protocol=chosen, **size)
     contents = write_report(
         folder, evaluation, segmenter.provenance, source, split=split, origin=origin
     )
     if jax.process_index() == 0:
-        files = {"report": "report.html", "tables": "report.md", "picture": "panels/overview.png"}
-        lines = [f"{what}: {folder / name}" for what, name in files.items()]
-        log.info("%s", "\n".join([summary(evaluation), *lines]))
+        _announce(evaluation, folder)
     return contents
+
+
+def _announce(evaluation: Evaluation, folder: Path) -> None:
+    files = {"report": "report.html", "tables": "report.md", "picture": "panels/overview.png"}
+    lines = [f"{what}: {folder / name}" for what, name in files.items()]
+    log.info("%s", "\n".join([summary(evaluation), *lines]))
 
 
 def data_origin(data: ConfigDict) -> dict[str, str]:

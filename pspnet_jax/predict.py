@@ -127,9 +127,13 @@ def run(
     unreadable = _predict(segmenter, {file: targets[file] for file in todo}, work)
     log.info("%s predicted into %s", _images(len(todo) - len(unreadable)), output)
     if unreadable:
-        listed = "\n  ".join(unreadable.values())
-        raise DataError(f"{len(unreadable)} of {len(files)} images were left out:\n  {listed}")
+        raise _left_out(unreadable, len(files))
     return [file.path for file in todo]
+
+
+def _left_out(unreadable: Mapping[ImageFile, str], num_files: int) -> DataError:
+    listed = "\n  ".join(unreadable.values())
+    return DataError(f"{len(unreadable)} of {num_files} images were left out:\n  {listed}")
 
 
 def _check_options(

@@ -103,8 +103,7 @@ def run(
 
     Raises:
         DataError: after all others are done, naming the images that cannot be read.
-        ValueError: for an impossible option, no images, two of the same name, or images or a checkpoint that
-            are not the benchmark's.
+        ValueError: for an impossible option, no images, two of one name, or what is not the benchmark's.
         FileNotFoundError: for an image or folder that is not there.
         FileExistsError: where a result exists and neither `overwrite` nor `resume` was given; nothing is
             written then.

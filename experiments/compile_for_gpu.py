@@ -137,6 +137,7 @@ class Case:
         what: 'step' (8-bit images and labels -> the next state) or 'inference' (8-bit images -> logits at
             image size).
         platform: of `PSPNet`.
+        dtype: what maps are computed in.
         tile_mib: of `LossOptions`.
         is_prepared: whether weights of inference are `passes.prepare`d, as those of a `Segmenter` are.
     """
@@ -147,6 +148,7 @@ class Case:
     width: int = 64
     crop: int = 473
     platform: str | None = "gpu"
+    dtype: str = "bfloat16"
     remat: bool = False
     tile_mib: float | None = tile_mib_of("gpu")
     is_prepared: bool = True
@@ -154,6 +156,7 @@ class Case:
 
 CASES = {
     "step": Case("step", batch=16),
+    "step_float32": Case("step", batch=16, dtype="float32"),
     "step_remat": Case("step", batch=16, remat=True),
     "step_resnet101": Case("step", batch=16, backbone="resnet101"),
     "step_tiles": Case("step", batch=16, tile_mib=64),
@@ -168,9 +171,9 @@ CASES = {
 
 
 def options_of(case: Case) -> ModelOptions:
-    """The authors' network in bfloat16."""
+    """The authors' network."""
     given = {"family": "semseg", "backbone": case.backbone, "width": case.width}
-    given |= {"dtype": "bfloat16", "remat": case.remat, "frozen_norm": False}
+    given |= {"dtype": case.dtype, "remat": case.remat, "frozen_norm": False}
     return ModelOptions.resolve(given)
 
 

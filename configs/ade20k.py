@@ -3,8 +3,8 @@
     python -m pspnet_jax.main --config=configs/ade20k.py \
         --config.data.root=DIR --config.init_from=initmodel/resnet50_v2.pth
 
-Like theirs it computes in float32. With --config.model.dtype=bfloat16 a GPU needs 10.7 instead of 18.6 GB, and
-less time.
+Like theirs it computes in float32. With --config.model.dtype=bfloat16 a GPU needs 10.7 instead of
+18.6 GB.
 
 The target, mIoU in % on the 2,000 validation images, was not reproduced here (no data and weights at hand):
 

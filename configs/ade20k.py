@@ -3,8 +3,7 @@
     python -m pspnet_jax.main --config=configs/ade20k.py \
         --config.data.root=DIR --config.init_from=initmodel/resnet50_v2.pth
 
-Like theirs it computes in float32. With --config.model.dtype=bfloat16 a GPU needs 10.7 instead of
-18.6 GB.
+Like theirs it computes in float32; with --config.model.dtype=bfloat16 a GPU needs 10.7 GB instead of 18.6.
 
 The target, mIoU in % on the 2,000 validation images, was not reproduced here (no data and weights at hand):
 

@@ -28,7 +28,7 @@ from pspnet_jax.data.pipeline import Source, evaluation_examples, open_source
 from pspnet_jax.metrics import Confusion, ImageScore, confusion_matrix, image_score
 from pspnet_jax.progress import Progress
 from pspnet_jax.protocols import Protocol
-from pspnet_jax.report import Evaluation, panel_indices, ranks, summary, write_report
+from pspnet_jax.report import FILES, Evaluation, panel_indices, ranks, summary, write_report
 from pspnet_jax.segmenter import Segmenter, load
 
 log = logging.getLogger("pspnet_jax")
@@ -267,8 +267,7 @@ def run(
 
 
 def _announce(evaluation: Evaluation, folder: Path) -> None:
-    files = {"report": "report.html", "tables": "report.md", "picture": "panels/overview.png"}
-    lines = [f"{what}: {folder / name}" for what, name in files.items()]
+    lines = [f"{what}: {folder / name}" for what, name in FILES.items()]
     log.info("%s", "\n".join([summary(evaluation), *lines]))
 
 

@@ -29,6 +29,8 @@ from pspnet_jax.segmenter import Provenance
 from pspnet_jax.version import __version__
 from pspnet_jax.whole_files import write_whole
 
+FILES = {"report": "report.html", "tables": "report.md", "picture": "panels/overview.png"}
+"""What a command names at its end; beside them lie report.json and the panels."""
 NUM_PANELS = 8
 NUM_OF_RANK = 3
 MAX_OVERVIEW_WIDTH = 2000  # pixels

@@ -40,7 +40,7 @@ from pspnet_jax.models.families import ModelOptions
 from pspnet_jax.models.layers import NoRandomNumbers, RandomNumbers
 from pspnet_jax.pretrained import start_from
 from pspnet_jax.progress import log_to
-from pspnet_jax.report import summary, write_report
+from pspnet_jax.report import FILES, summary, write_report
 from pspnet_jax.segmenter import Provenance, Segmenter
 from pspnet_jax.skipped_steps import SkippedSteps
 from pspnet_jax.stored_model import Description, model_part
@@ -177,7 +177,7 @@ class Run:
             split=self.config.evaluate.split,
             origin=evaluate.data_origin(self.config.data),
         )
-        message = f"{summary(result)}\nreport: {folder / 'report.html'}"
+        message = f"{summary(result)}\nreport: {folder / FILES['report']}"
         progress.log_evaluation(step, result.scalars, message, seconds=result.seconds)
         self.checkpoints.set_score(step, result.scores.mean_iou)
 

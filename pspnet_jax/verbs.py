@@ -37,11 +37,13 @@ def _define_train(values: flags.FlagValues, argv: list[str]) -> None:
 
 
 def _run_train(values: flags.FlagValues, words: list[str]) -> None:
+    from pspnet_jax.report import FILES
     from pspnet_jax.train import train
 
     config = _required_config(values)
     folder = train(config, Path(value(values, "workdir") or Path("runs") / str(config.name)))
-    print(f"tables: {folder / 'report.md'}\npicture: {folder / 'panels' / 'overview.png'}")
+    for what in ("tables", "picture"):  # the log named the report
+        print(f"{what}: {folder / FILES[what]}")
 
 
 def _define_evaluate(values: flags.FlagValues, argv: list[str]) -> None:

@@ -33,6 +33,7 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F  # noqa: N812
+from distributions import distances
 from flax import nnx
 from PIL import Image
 from torch import nn
@@ -169,14 +170,9 @@ def compare_windows() -> Iterator[dict]:
             theirs.append(edges(np.asarray(view)))
             example = Example(image, labels, np.int32(0))
             ours.append(edges(our_crop(example, np.random.default_rng(seed)).image))
-        found = np.array(ours), np.array(theirs)
-        distances = {}
-        for i, name in enumerate(("top", "bottom", "left", "right", "height", "width")):
-            a, b = (np.sort(side[:, i]) for side in found)
-            grid = np.concatenate([a, b])
-            shares = (np.searchsorted(x, grid, side="right") / len(x) for x in (a, b))
-            distances[name] = round(float(np.abs(np.subtract(*shares)).max()), 3)
-        row = {"how": "windows", "size": (height, width), "distances": distances}
+        names = ("top", "bottom", "left", "right", "height", "width")
+        found = distances(names, ours, theirs)
+        row = {"how": "windows", "size": (height, width), "distances": found}
         print(row, flush=True)
         yield row
 

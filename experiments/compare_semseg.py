@@ -30,6 +30,7 @@ import cv2
 import numpy as np
 import safetensors.torch
 import torch
+from distributions import distances
 from torch import nn
 
 import pspnet_jax
@@ -96,13 +97,8 @@ def compare_crops() -> dict:
     example = Example(image, labels, np.int32(0))
     views = [ours(example, np.random.default_rng(seed)) for seed in range(4000)]
     mine = [describe(view.image.astype(np.float32), view.labels) for view in views]
-    distances = {}
-    for i, name in enumerate(("scale", "angle", "mirrored", "row", "column", "void")):
-        a, b = (np.sort([each[i] for each in side]) for side in (found, mine))
-        grid = np.concatenate([a, b])
-        shares = (np.searchsorted(x, grid, side="right") / len(x) for x in (a, b))
-        distances[name] = round(float(np.abs(np.subtract(*shares)).max()), 3)
-    row = {"crops": 4000, "distances": distances}
+    names = ("scale", "angle", "mirrored", "row", "column", "void")
+    row = {"crops": 4000, "distances": distances(names, found, mine)}
     print(row, flush=True)
     return row
 

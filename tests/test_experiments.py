@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from distributions import distances
 
 from pictures import write_mask
 
@@ -163,3 +164,15 @@ def test_names_that_nothing_has_are_told(name, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run_script(name, f"--output={tmp_path}", "--only=nothing", monkeypatch=monkeypatch)
     assert "--only=nothing" in capsys.readouterr().err
+
+
+def test_distances_of_distributions():
+    """Half of the one lie above all of the other; the same draws in another order; all apart."""
+    one = np.array([[0, 5, 1], [1, 6, 2], [2, 7, 3], [3, 8, 4]])
+    other = np.array([[1, 8, 5], [0, 7, 6], [1, 6, 7], [0, 5, 8], [1, 5, 9], [0, 8, 9]])
+    assert distances(("half", "order", "all"), one, other) == {
+        "half": 0.5,
+        "order": 0.083,
+        "all": 1.0,
+    }
+    assert distances(("half", "order", "all"), other, one)["half"] == 0.5

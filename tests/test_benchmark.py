@@ -202,8 +202,8 @@ def test_growth_fits_a_factor_and_counts_collectives(tmp_path):
         assert all(np.isfinite(list(fit.values())).all() for fit in part["fits"].values())
     one, two = report["devices"]["toy"]
     assert one["collectives"] == {}
-    # Gradients, statistics and their gradients, and a few scalars.
+    # Gradients, statistics and their gradients (but for sums that are there already), and a few scalars.
     extra = two["collectives"]["all-reduce"]["bytes"] - two["parameter_bytes"]
-    assert 2 * two["statistic_bytes"] <= extra < 2 * two["statistic_bytes"] + 100
+    assert 1.5 * two["statistic_bytes"] <= extra < 2 * two["statistic_bytes"] + 100
     assert "* training step: exponent" in text
     assert "| toy | 2 | all-reduce:" in text

@@ -248,7 +248,7 @@ class BatchNorm(nnx.Module):
             mean, variance = near + first, jnp.maximum(second - jnp.square(first), 0)
         else:
             mean = x.mean(axis=(0, 1, 2))
-            # Distances from the mean sum to 0, and so does what would come to the mean from here.
+            # Distances from the mean sum to 0, and so does the (first) derivative by the mean.
             around = _per_channel(jax.lax.stop_gradient(mean))
             variance = jnp.square(x - around).mean(axis=(0, 1, 2))
         mean, variance = (checkpoint_name(value, "statistics") for value in (mean, variance))

@@ -195,7 +195,7 @@ def test_unknown_case_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["compile_for_gpu.py", "--cases=step,stepp"])
     with pytest.raises(SystemExit):
         compile_for_gpu.main()
-    assert "--cases=stepp is not one of step, step_remat" in capsys.readouterr().err
+    assert "--cases=stepp is not one of step, step_float32" in capsys.readouterr().err
 
 
 def test_case_that_does_not_compile_is_a_row(monkeypatch, tmp_path):

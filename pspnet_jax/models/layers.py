@@ -136,24 +136,22 @@ class Conv(nnx.Module):
 
     def apply(self, x: Features, weights: ConvWeights) -> Features:
         """With other weights than its own."""
-        kernel = ready(weights.kernel, dtype=self.dtype, platform=self.platform)
         y = convolve(
             x.astype(self.dtype),
-            kernel,
+            self.ready(weights.kernel),
             stride=self.stride,
             dilation=self.dilation,
             platform=self.platform,
         )
         return checkpoint_name(add_bias(y, weights.bias), "convolution")
 
-
-def ready(kernel: Kernel, *, dtype: DTypeLike, platform: Platform) -> Kernel:
-    """In the dtype that is computed in; inference rounds it once."""
-    kernel = kernel.astype(dtype)
-    if platform != "gpu":
-        return once(kernel)
-    # In memory it is kept as cuDNN takes it, [out, height, width, in].
-    return once(kernel.transpose(3, 0, 1, 2)).transpose(1, 2, 3, 0)
+    def ready(self, kernel: Kernel) -> Kernel:
+        """A kernel in the dtype that is computed in; inference rounds it once."""
+        kernel = kernel.astype(self.dtype)
+        if self.platform != "gpu":
+            return once(kernel)
+        # In memory it is kept as cuDNN takes it, [out, height, width, in].
+        return once(kernel.transpose(3, 0, 1, 2)).transpose(1, 2, 3, 0)
 
 
 def add_bias(y: Features, bias: jax.Array | None) -> Features:

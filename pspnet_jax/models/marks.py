@@ -56,17 +56,15 @@ def prepare(function: Callable, weights: Any, *inputs: Any) -> Prepared:
             f"a value of shape {wrong.aval.shape} that is marked by `once` is made of the inputs, too"
         )
     values = cut.part(cut.weights, cut.marks)(*jax.tree.leaves(weights))
-    others = cut.missing([*cut.marks, *cut.inputs], cut.results)
     leaves = dict(zip(cut.weights, jax.tree.leaves(weights), strict=True))
     kept = [value.astype(dtype) for value, dtype in zip(values, cut.dtypes, strict=True)]
-    return Prepared(kept, [leaves[variable] for variable in others])
+    return Prepared(kept, [leaves[variable] for variable in cut.others])
 
 
 def apply(function: Callable, weights: Any, prepared: Prepared, *inputs: Any) -> Any:
     """function(weights, *inputs), where only the shapes of the weights are known and what `prepare` made of them."""
     cut = _Cut(function, weights, *inputs)
-    others = cut.missing([*cut.marks, *cut.inputs], cut.results)
-    part = cut.part([*cut.marks, *others, *cut.inputs], cut.results)
+    part = cut.part([*cut.marks, *cut.others, *cut.inputs], cut.results)
     values = [
         value.astype(mark.aval.dtype)
         for value, mark in zip(prepared.values, cut.marks, strict=True)
@@ -90,6 +88,7 @@ class _Cut:
             if equation.primitive.name == "name" and name.startswith(_MARK):
                 self.marks += equation.outvars
                 self.dtypes.append(name.removeprefix(_MARK).strip())
+        self.others = self.missing([*self.marks, *self.inputs], self.results)
 
     def missing(self, known: Sequence[Variable], wanted: Sequence[Variable]) -> list[Variable]:
         """What else of the arguments the wanted variables are made of."""

@@ -36,7 +36,6 @@ from pspnet_jax.models.layers import (
     RandomNumbers,
     add_bias,
     conv_norm,
-    ready,
     weights_with,
 )
 from pspnet_jax.models.marks import once
@@ -113,8 +112,7 @@ def fuse(
     # One split: its gradient is one concatenation, that of slices a sum of kernels filled up with zeros.
     kernels = jnp.split(kernel, np.cumsum([part.shape[3] for part in parts])[:-1], axis=2)
     map_kernel = kernels.pop(0 if pyramid.map_first else num_levels)
-    map_kernel = ready(map_kernel, dtype=dtype, platform=conv.platform)
-    y = convolve(x, map_kernel, platform=conv.platform)
+    y = convolve(x, conv.ready(map_kernel), platform=conv.platform)
     if pyramid.levels:
         wide = jnp.promote_types(dtype, jnp.float32)
         levels, kernels = (

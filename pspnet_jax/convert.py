@@ -6,7 +6,6 @@
 """
 
 import collections
-import json
 import logging
 import math
 import re
@@ -27,7 +26,7 @@ from pspnet_jax.models.layers import NoRandomNumbers
 from pspnet_jax.models.pspnet import PSPNet
 from pspnet_jax.models.resnet import DEPTHS
 from pspnet_jax.passes import structure
-from pspnet_jax.pretrained import OPTIONS, beyond, read_file, recognize
+from pspnet_jax.pretrained import beyond, read_file, recognize, told_by
 from pspnet_jax.stored_model import FILE_FORMAT, Description, model_part
 from pspnet_jax.train_step import split_model
 from pspnet_jax.trees import filled, flatten
@@ -125,8 +124,8 @@ def _read_all(files: Sequence[str]) -> tuple[dict[str, np.ndarray], dict[str, An
         if twice:
             raise ValueError(f"{' and '.join(files)} both have {', '.join(twice[:5])}")
         arrays |= found
-        known |= json.loads(metadata.get(OPTIONS, "{}"))
-    return arrays, {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
+        known |= told_by(metadata, where=file)
+    return arrays, known
 
 
 def _convert_network(
@@ -274,6 +273,7 @@ def _width(shapes: Mapping[str, Shape]) -> int | None:
         match = _BLOCK.fullmatch(path)
         if (
             match
+            and match[1] in ("1", "2", "3", "4")
             and match[3] in ("conv1.kernel", "conv2.kernel")
             and len(shape) == 4
             and all(shape)

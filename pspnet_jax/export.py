@@ -143,8 +143,9 @@ def _published(stored: StoredModel, target: Path) -> dict[str, np.ndarray]:
         if not path.startswith(AUXILIARY) or table.has(path)
     }
     if options.family == "caffe":
-        order = tables.caffe_order(options.pyramid_bins)
-        arrays = tables.in_order(arrays, options.pyramid_bins, order)
+        ours = tables.Order(options.pyramid_bins, options.pyramid_map_first)
+        theirs = ours._replace(bins=tables.caffe_order(options.pyramid_bins))
+        arrays = tables.in_order(arrays, ours, theirs)
     published = names.publish(arrays, table, steps=stored.step)
     log.info(
         "%d tensors and %d counters of norms with the names of %s -> %s",

@@ -11,13 +11,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pspnet_jax import stored_model
 from pspnet_jax.catalog import LabelSet
-from pspnet_jax.models.families import FAMILIES
+from pspnet_jax.models.families import FAMILIES, FORWARD_OPTIONS, ModelOptions
 from pspnet_jax.trees import Tree, filled, flatten
 from pspnet_jax.weights import caffe, names, pytorch, safetensors, tables
 from pspnet_jax.weights.fit import AUXILIARY, CLASSIFIER, HEADS, fit
@@ -94,15 +95,16 @@ class Source(NamedTuple):
     """None where it is not known."""
     family: str | None = None
     """Whose network they are; None where it is not known, or a backbone."""
+    options: Mapping[str, Any] = MappingProxyType({})
+    """Those of `FORWARD_OPTIONS` that are known of that network."""
 
 
-def read_weights(path: Path | str, *, bins: Sequence[int]) -> Source:
+def read_weights(path: Path | str, *, model: ModelOptions) -> Source:
     """The weights of a run, a converted model or a file, by our paths.
 
     Args:
         path: folder or file.
-        bins: of the pyramid, into whose order the levels are put. Published files only number them, unless we
-            wrote them.
+        model: of the network that they are for, into whose order the parts of the pyramid are put.
     """
     path = stored_model.find(path)
     files = sorted(path.glob("*.safetensors"))
@@ -111,45 +113,76 @@ def read_weights(path: Path | str, *, bins: Sequence[int]) -> Source:
     if path.is_dir() or stored_model.describes_itself(path):
         stored = stored_model.read(path, step="best")
         log.info("%s: step %d", path, stored.step)
-        description, model = stored.description, stored.description.model
-        leaves = flatten(stored.part["params"]) | flatten(stored.part["batch_stats"])
-        arrays = tables.in_order(
-            leaves, model.pyramid_bins, bins, map_first=model.pyramid_map_first
-        )
-        return Source(_ours(arrays), description.label_set, model.family)
-    arrays, metadata = read_file(path)
-    if metadata.get("format") == stored_model.FILE_FORMAT:
-        return Source(_ours(arrays))
-    family = recognize(arrays, where=str(path))
-    told = json.loads(metadata.get(OPTIONS, "{}"))
-    have = told.get("pyramid_bins", bins)
-    weights = tables.read(family, have, arrays)
-    if family is None:
-        return Source(weights)
-    map_first = told.get("pyramid_map_first", FAMILIES[family].options["pyramid_map_first"])
-    ordered = tables.in_order(weights.arrays, have, bins, map_first=map_first)
-    weights = replace(weights, arrays=ordered)
-    return Source(weights, family=family)
+        theirs = stored.description.model
+        weights = _ours(flatten(stored.part["params"]) | flatten(stored.part["batch_stats"]))
+        options = {name: getattr(theirs, name) for name in FORWARD_OPTIONS}
+        source = Source(weights, stored.description.label_set, theirs.family, options)
+        have = _order_of(theirs)
+    else:
+        arrays, metadata = read_file(path)
+        if metadata.get("format") == stored_model.FILE_FORMAT:
+            return Source(_ours(arrays))
+        family = recognize(arrays, where=str(path))
+        options = told_by(metadata, where=str(path))
+        have = _published_order(family, options, model)
+        source = Source(tables.read(family, have.bins, arrays), None, family, options)
+    ordered = tables.in_order(source.weights.arrays, have, _order_of(model))
+    return source._replace(weights=replace(source.weights, arrays=ordered))
+
+
+def told_by(metadata: Mapping[str, str], *, where: str) -> dict[str, Any]:
+    """Options that a published file tells beside its arrays; most tell none.
+
+    Raises:
+        WeightsFileError: for what is no option of a forward pass.
+    """
+    try:
+        told = dict(json.loads(metadata.get(OPTIONS, "{}")))
+    except (ValueError, TypeError) as error:
+        raise WeightsFileError(f"{where}: its metadata cannot be read ({error})") from None
+    told = {name: tuple(x) if isinstance(x, list) else x for name, x in told.items()}
+    for name, value in told.items():
+        usual = FAMILIES["semseg"].options[name] if name in FORWARD_OPTIONS else None
+        numbers = value if isinstance(value, tuple) else ()
+        if type(value) is not type(usual) or any(type(number) is not int for number in numbers):
+            raise WeightsFileError(
+                f"{where}: its metadata say {name[:80]!r}: {str(value)[:80]!r}, which is no option of a network here"
+            )
+    return told
+
+
+def _order_of(model: ModelOptions) -> tables.Order:
+    return tables.Order(model.pyramid_bins, model.pyramid_map_first)
+
+
+def _published_order(
+    family: str | None, options: Mapping[str, Any], model: ModelOptions
+) -> tables.Order:
+    """Published files only number the levels: in the order that they tell, or that is their family's; in that of
+    the network where it is of the same family, or has other bins."""
+    of_network = _order_of(model)
+    usual = FAMILIES[family].options if family and family != model.family else {}
+    bins = usual.get("pyramid_bins", of_network.bins)
+    if sorted(bins) != sorted(of_network.bins):
+        bins = of_network.bins
+    return tables.Order(
+        options.get("pyramid_bins", bins),
+        options.get("pyramid_map_first", usual.get("pyramid_map_first", of_network.map_first)),
+    )
 
 
 def start_from(
-    path: str,
-    params: Tree,
-    batch_stats: Tree,
-    *,
-    bins: Sequence[int],
-    label_set: LabelSet,
-    family: str | None = None,
+    path: str, params: Tree, batch_stats: Tree, *, model: ModelOptions, label_set: LabelSet
 ) -> tuple[Tree, Tree]:
     """Parameters and statistics of a new network with all that a file or folder has for it.
 
     Backbones leave the heads as they are, weights without an auxiliary head leave that; other classes leave the
-    classifiers.
+    classifiers. Another family, and options of the forward pass that the weights were trained with and the network
+    has not, are told.
 
     Args:
-        bins: of the network's pyramid, in its order.
+        model: of the network.
         label_set: of the network.
-        family: of the network; that of the weights is told where it is another one.
 
     Returns:
         New trees.
@@ -157,14 +190,14 @@ def start_from(
     Raises:
         MisfitError: for anything else that does not fit, listing it all.
     """
-    weights, stored_set, theirs = read_weights(path, bins=bins)
+    weights, stored_set, theirs, options = read_weights(path, model=model)
     fresh = flatten(params) | flatten(batch_stats)
     weights = weights.without(beyond(_highest_stage(fresh)))
     other, anew = None, [HEADS]
     if not weights.is_backbone:
         other = _other_classes(weights, stored_set, label_set)
         anew = [*_lacking_heads(weights), *([CLASSIFIER] if other else [])]
-    is_foreign = None not in (family, theirs) and theirs != family
+    is_foreign = theirs not in (None, model.family)
     shapes = {name: tuple(array.shape) for name, array in fresh.items()}
     of_theirs = f"it is of the family '{theirs}' (--config.model.family={theirs})"
     found = fit(
@@ -178,18 +211,29 @@ def start_from(
     log.info("  loaded          %s", _listed(list(found.loaded), of=len(fresh)))
     log.info("  re-initialized  %s", _listed(found.reinitialized, of=len(fresh)))
     log.info("  left out        %s", _listed(found.left_out))
+    if others := _other_options(options, model):
+        log.info("  trained with    %s", ", ".join(others))
     if is_foreign:
         log.warning(
             "  these are weights of the family '%s', whose network computes other things from them than that of "
             "'%s': --config.model.family=%s goes on with what they have learned",
             theirs,
-            family,
+            model.family,
             theirs,
         )
     if other:
         log.info("  the classifiers start anew: %s", other)
     leaves = {**fresh, **found.loaded}
     return filled(params, leaves), filled(batch_stats, leaves)
+
+
+def _other_options(options: Mapping[str, Any], model: ModelOptions) -> list[str]:
+    """What is known of the weights' network and is otherwise in this one, but for the order that was mended."""
+    wrong = {name for name, value in options.items() if value != getattr(model, name)}
+    wrong.discard("pyramid_map_first")
+    if sorted(options.get("pyramid_bins", ())) == sorted(model.pyramid_bins):
+        wrong.discard("pyramid_bins")
+    return [f"{name}={options[name]} (here {getattr(model, name)})" for name in sorted(wrong)]
 
 
 def _lacking_heads(weights: Weights) -> list[str]:

@@ -234,9 +234,8 @@ class Run:
             self.config.init_from,
             state.params,
             state.batch_stats,
-            bins=self.description.model.pyramid_bins,
+            model=self.description.model,
             label_set=self.description.label_set,
-            family=self.description.model.family,
         )
         return dataclasses.replace(state, params=params, batch_stats=batch_stats)
 

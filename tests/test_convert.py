@@ -100,6 +100,14 @@ def test_exported_files_keep_their_bins(tmp_path):
     assert pspnet_jax.load(again).description.model == wanted
 
 
+def test_keys_of_stages_that_no_network_has_cost_nothing(tmp_path):
+    for stage in (0, 9_999, 10**30):
+        key = f"layer{stage}.0.conv1.weight"
+        path = write(tmp_path / "w.safetensors", published() | {key: np.ones((2, 2, 1, 1), "f4")})
+        with pytest.raises(names.MisfitError, match=f"layer{stage}.0.conv1.weight is not known"):
+            convert.run([path], labels="camvid", output=str(tmp_path / "a"))
+
+
 def test_what_was_exported_converts_again(converted, tmp_path):
     target = tmp_path / "out.safetensors"
     export.run(str(converted), format="safetensors", output=str(target))

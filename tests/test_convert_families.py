@@ -331,9 +331,8 @@ def test_levels_come_in_the_order_of_the_network_that_starts_from_them(
         source,
         params,
         batch_stats,
-        bins=wanted.pyramid_bins,
+        model=wanted,
         label_set=load_label_set(labels),
-        family="semseg",
     )
     assert "weights of the family 'caffe'" in said[0]
     parts = [256, 320, 384, 448]  # channels: the map, and four levels
@@ -357,9 +356,8 @@ def test_a_network_that_another_familys_weights_do_not_fit_is_told_the_family(tm
             files[0],
             params,
             batch_stats,
-            bins=(1, 2, 3, 6),
+            model=wanted,
             label_set=load_label_set(labels),
-            family="semseg",
         )
 
 
@@ -368,7 +366,7 @@ def test_a_training_starts_from_a_whole_file_of_smp(tmp_path, labels):
     wanted = options(family="smp", backbone="resnet34")
     _, params, batch_stats = split_model(PSPNet(wanted, 7, rng=np.random.default_rng(0)))
     new, _ = start_from(
-        files[0], params, batch_stats, bins=(1, 2, 3, 6), label_set=load_label_set(labels)
+        files[0], params, batch_stats, model=wanted, label_set=load_label_set(labels)
     )
     np.testing.assert_array_equal(
         new["head"]["conv"]["kernel"].transpose(3, 2, 0, 1), arrays["decoder.conv.0.weight"]
@@ -416,7 +414,7 @@ def test_backbones_of_mmsegmentation_and_for_smp(tmp_path, labels):
     for source in (path, converted):
         _, params, batch_stats = split_model(PSPNet(v1c, 7, rng=np.random.default_rng(0)))
         new, statistics = start_from(
-            str(source), params, batch_stats, bins=(1, 2, 3, 6), label_set=label_set
+            str(source), params, batch_stats, model=v1c, label_set=label_set
         )
         np.testing.assert_array_equal(
             new["backbone"]["stem"]["conv2"]["kernel"].transpose(3, 2, 0, 1),
@@ -434,7 +432,7 @@ def test_backbones_of_mmsegmentation_and_for_smp(tmp_path, labels):
     path = tmp_path / "resnet18.safetensors"
     safetensors.write(path, torchvision, {"format": "pt"})
     _, params, batch_stats = split_model(PSPNet(plain, 7, rng=np.random.default_rng(0)))
-    new, _ = start_from(str(path), params, batch_stats, bins=(1, 2, 3, 6), label_set=label_set)
+    new, _ = start_from(str(path), params, batch_stats, model=plain, label_set=label_set)
     assert "layer3_0" not in new["backbone"]
     np.testing.assert_array_equal(
         new["backbone"]["layer2_1"]["conv1"]["kernel"].transpose(3, 2, 0, 1),

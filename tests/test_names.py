@@ -56,7 +56,12 @@ def test_names_in_both_directions(table, key, path):
 
 @pytest.mark.parametrize(
     "key",
-    ["layer0.2.weight", "layer3.x.conv1.weight", "cls.5.weight", "conv1.weight", "weight", "aux.4"],
+    [
+        *("layer0.2.weight", "layer3.x.conv1.weight", "cls.5.weight", "conv1.weight", "weight"),
+        *("aux.4", "layer1.00.conv1.weight", "layer1.\u0660.conv1.weight"),
+        f"layer{'9' * 5000}.0.conv1.weight",
+    ],
+    ids=lambda key: key[:30],
 )
 def test_foreign_keys_belong_to_no_row(key):
     assert SEMSEG.to_ours(key) is None

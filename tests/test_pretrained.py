@@ -3,11 +3,14 @@
 import logging
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from test_convert import FILE, backbone_arrays, published, write
 
-from pspnet_jax import convert, stored_model
+from pspnet_jax import convert, export, stored_model
 from pspnet_jax.catalog import load_label_set
 from pspnet_jax.checkpoint import CheckpointFolder
 from pspnet_jax.compose import compose
@@ -20,8 +23,9 @@ from pspnet_jax.train_step import split_model
 from pspnet_jax.trees import flatten
 from pspnet_jax.weights import safetensors
 from pspnet_jax.weights.names import MisfitError
+from pspnet_jax.weights.pytorch import WeightsFileError
 
-from networks import network, options
+from networks import network, options, random
 from pictures import write_split
 from tiny_config import get_config
 
@@ -35,8 +39,7 @@ def start(path, *, label_set=CAMVID, **overrides):
     """Leaves before and after, and the network's number of leaves."""
     model = network(label_set.num_classes, seed=5, **(TINY | overrides))
     _, params, batch_stats = split_model(model)
-    bins = model.options.pyramid_bins
-    new = start_from(str(path), params, batch_stats, bins=bins, label_set=label_set)
+    new = start_from(str(path), params, batch_stats, model=model.options, label_set=label_set)
     return [flatten(p) | flatten(s) for p, s in ((params, batch_stats), new)]
 
 
@@ -149,6 +152,69 @@ def test_a_head_that_misses_a_key_is_no_backbone(tmp_path):
 def test_a_broken_classifier_of_the_same_number_is_refused(spoil, tmp_path):
     path = write(tmp_path / "w.safetensors", spoil(published()))
     with pytest.raises(MisfitError, match=r"cls\.4\.weight is"):
+        start(path)
+
+
+def logits(model, *arrays):
+    arrays = jax.tree.map(jnp.asarray, arrays)
+    images = random(1, 33, 41, 3)
+    return np.asarray(nnx.merge(nnx.graphdef(model), *arrays)(images, train=False).logits)
+
+
+def as_run(model, folder):
+    _, *arrays = split_model(model)
+    described = Description(model.options, CAMVID, IMAGENET_8BIT, choose("whole", CAMVID))
+    with CheckpointFolder(folder / "checkpoints") as checkpoints:
+        checkpoints.save(3, {"model": model_part(described, *arrays)}, mean_iou=None)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "through"),
+    [
+        *(("semseg", "run"), ("semseg", "exported")),  # a published one is as the network is told
+        *(("caffe", "run"), ("caffe", "exported"), ("caffe", "published")),
+    ],
+)
+def test_the_same_network_in_another_order_computes_the_same(family, through, tmp_path, shown):
+    """Of the same options but for the order of the pyramid; files of other projects only number the levels."""
+    there = network(11, seed=3, **TINY)
+    wanted = TINY | {"family": family, "pyramid_bins": (6, 3, 2, 1), "bottleneck_stride": "3x3"}
+    if through != "published":
+        wanted |= {"pyramid_map_first": False}
+    source = as_run(there, tmp_path / "run")
+    if through != "run":
+        target = tmp_path / "x.safetensors"
+        export.run(source, format="safetensors", output=str(target))
+        arrays, metadata = safetensors.read(target)
+        if through == "published":
+            del metadata["options"]
+        safetensors.write(target, arrays, metadata)
+        source = str(target)
+    here = network(11, seed=4, **wanted)
+    _, *arrays = split_model(here)
+    new = start_from(source, *arrays, model=here.options, label_set=CAMVID)
+    _, *arrays = split_model(there)
+    np.testing.assert_allclose(logits(here, *new), logits(there, *arrays), rtol=1e-4, atol=1e-5)
+    assert ("weights of the family 'semseg'" in shown.text) == (family == "caffe")
+    assert "trained with" not in shown.text
+
+
+def test_other_options_of_the_weights_are_told(tmp_path, shown):
+    there = network(11, **TINY, align_corners=False, output_stride=16)
+    start(as_run(there, tmp_path))
+    assert (
+        "trained with    align_corners=False (here True), output_stride=16 (here 8)" in shown.text
+    )
+
+
+@pytest.mark.parametrize(
+    "told", ["[1]", "{", '{"colors": 3}', '{"pyramid_bins": [1, "2"]}', '{"align_corners": 1}']
+)
+def test_metadata_that_tell_no_options_are_refused(told, tmp_path):
+    path = tmp_path / "w.safetensors"
+    safetensors.write(path, published(), {"format": "pt", "options": told})
+    with pytest.raises(WeightsFileError, match=r"w\.safetensors: its metadata"):
         start(path)
 
 

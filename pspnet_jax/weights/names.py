@@ -121,7 +121,8 @@ def _filled(template: str, numbers: Mapping[str, int]) -> str:
 def _pattern(template: str) -> re.Pattern:
     """'layer{stage}.{block}' as a pattern whose groups are the numbers in braces."""
     parts = _BRACES.split(template)
-    names = (rf"(?P<{name}>\d+)" for name in parts[1::3])
+    # As they are written: '01' would be another key of the same module.
+    names = (rf"(?P<{name}>0|[1-9][0-9]{{0,3}})" for name in parts[1::3])
     plain = map(re.escape, parts[::3])
     return re.compile("".join(itertools.chain(*itertools.zip_longest(plain, names, fillvalue=""))))
 

@@ -7,6 +7,7 @@ Lextal/pspnet-pytorch; of torchvision's ResNets and those with a deep stem.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -222,6 +223,13 @@ def of_file(family: str | None, bins: Sequence[int], keys: Iterable[str]) -> Tab
     return of_network(family, bins, stem="7x7" if is_7x7 else "v1c")
 
 
+class Order(NamedTuple):
+    """In which a head takes the map and the levels of the pyramid."""
+
+    bins: tuple[int, ...]
+    map_first: bool = True
+
+
 def read(family: str | None, bins: Sequence[int], arrays: Mapping[str, np.ndarray]) -> Weights:
     """The tensors of a file by our paths, for a network with these bins.
 
@@ -230,7 +238,8 @@ def read(family: str | None, bins: Sequence[int], arrays: Mapping[str, np.ndarra
     weights = rename(arrays, of_file(family, bins, arrays))
     if family != "caffe":
         return weights
-    return replace(weights, arrays=in_order(weights.arrays, caffe_order(bins), bins))
+    ordered = in_order(weights.arrays, Order(caffe_order(bins)), Order(tuple(bins)))
+    return replace(weights, arrays=ordered)
 
 
 def caffe_order(bins: Sequence[int]) -> tuple[int, ...]:
@@ -238,37 +247,30 @@ def caffe_order(bins: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(bins, reverse=True))
 
 
-def in_order(
-    arrays: Mapping[str, np.ndarray],
-    have: Sequence[int],
-    want: Sequence[int],
-    *,
-    map_first: bool = True,
-) -> dict[str, np.ndarray]:
+def in_order(arrays: Mapping[str, np.ndarray], have: Order, want: Order) -> dict[str, np.ndarray]:
     """Arrays by our paths, the head's kernel for levels in another order.
 
     Args:
-        have: bins of the levels, in the order in which the head takes them.
+        have: in which the head takes them.
         want: the same bins in another order; other bins change nothing: `fit` will name what is wrong.
-        map_first: whether the map stands before the levels, or behind them.
     """
     path = next((path for path in _FUSING if path in arrays), None)
-    if path is None or tuple(have) == tuple(want) or sorted(have) != sorted(want):
+    if path is None or have == want or sorted(have.bins) != sorted(want.bins):
         return {**arrays}
     kernel = arrays[path]
-    levels = [arrays.get(f"pyramid.level{n}.conv.kernel") for n in have]
+    levels = [arrays.get(f"pyramid.level{n}.conv.kernel") for n in have.bins]
     sizes = [0 if level is None else level.shape[-1] for level in levels]
     if not any(sizes) and kernel.ndim == 4:  # levels without reduction are as wide as the map
-        sizes = [kernel.shape[2] // (len(have) + 1)] * len(have)
+        sizes = [kernel.shape[2] // (len(have.bins) + 1)] * len(have.bins)
     if kernel.ndim != 4 or 0 in sizes or kernel.shape[2] <= sum(sizes):
         return {**arrays}
     num_channels = kernel.shape[2] - sum(sizes)
-    sizes.insert(0 if map_first else len(sizes), num_channels)
+    sizes.insert(0 if have.map_first else len(sizes), num_channels)
     parts = np.split(kernel, np.cumsum(sizes)[:-1], axis=2)
-    of_map = parts.pop(0 if map_first else -1)
-    by_bins = dict(zip(have, parts, strict=True))
-    ordered = [by_bins[n] for n in want]
-    ordered.insert(0 if map_first else len(ordered), of_map)
+    of_map = parts.pop(0 if have.map_first else -1)
+    by_bins = dict(zip(have.bins, parts, strict=True))
+    ordered = [by_bins[n] for n in want.bins]
+    ordered.insert(0 if want.map_first else len(ordered), of_map)
     return {**arrays, path: np.concatenate(ordered, axis=2)}
 
 

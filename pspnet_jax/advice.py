@@ -159,6 +159,12 @@ def suggest_labels(raw_ids: Sequence[int], label_set: LabelSet) -> Suggestion:
             None,
             None,
         )
+    if len(_class_ids(sorted(found), label_set)) < 2:
+        return Suggestion(
+            f"the masks hold nothing but {_listed(found)}, void left out one class at most: there is nothing to tell apart",
+            None,
+            None,
+        )
     return Suggestion(
         f"no label set of this package fits the values found, {_listed(found)}; save this as mine.csv, correct "
         "the names, and say --config.data.labels=mine.csv",
@@ -169,11 +175,11 @@ def suggest_labels(raw_ids: Sequence[int], label_set: LabelSet) -> Suggestion:
 
 def csv_of(raw_ids: Sequence[int], label_set: LabelSet) -> str:
     """A label set with one row per raw id: known ones keep name and color, 255 stays void."""
-    binary = set(raw_ids) == {0, IGNORE_LABEL}
-    void = [] if binary else [raw for raw in raw_ids if label_set.table[raw] == IGNORE_LABEL]
+    classes = _class_ids(raw_ids, label_set)
+    void = [raw for raw in raw_ids if raw not in classes]
     rows: list[list[object]] = []
     used: set[tuple[int, int, int]] = {(0, 0, 0)}
-    for raw in [raw for raw in raw_ids if raw not in void]:
+    for raw in classes:
         train_id = int(label_set.table[raw])
         if train_id < label_set.num_classes:
             name, color = label_set.names[train_id], label_set.colors[train_id]
@@ -188,6 +194,13 @@ def csv_of(raw_ids: Sequence[int], label_set: LabelSet) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
     return text.getvalue()
+
+
+def _class_ids(raw_ids: Sequence[int], label_set: LabelSet) -> list[int]:
+    """Those that are not void; of 0 and 255 alone, which are masks of two classes, none is."""
+    if set(raw_ids) == {0, IGNORE_LABEL}:
+        return [*raw_ids]
+    return [raw for raw in raw_ids if label_set.table[raw] != IGNORE_LABEL]
 
 
 def _built_in_for(found: set[int], current: str) -> str | None:

@@ -17,10 +17,12 @@
 import csv
 import difflib
 import importlib.resources
+import itertools
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, UInt8
@@ -84,13 +86,31 @@ class LabelSet:
         if unmapped.any():
             found = ", ".join(map(str, np.unique(mask[unmapped])[:10]))
             void = np.flatnonzero(self.table == IGNORE_LABEL).tolist()
-            binary = f"; {TWO_CLASSES}" if 255 in void and (mask == 255).any() else ""
+            listed = set(np.unique(mask[~unmapped]).tolist())
+            binary = f"; {TWO_CLASSES}" if 255 in void and {255} <= listed <= {0, 255} else ""
             raise ValueError(
                 f"mask values {found} are out of range for label set '{self.name}' (its classes list "
                 f"{_ranges([raw for ids in self.raw_ids for raw in ids])}, void is {_ranges(void) or 'nothing'}); "
                 f"is data.labels the right one?{binary}"
             )
         return labels
+
+    def changes_to(self, other: "LabelSet") -> list[str]:
+        """Everything in which another set differs, e.g. 'name of 1: house -> building'."""
+        changed = []
+        for what, of in {
+            "name": "names",
+            "raw ids": "raw_ids",
+            "color": "colors",
+            "group": "groups",
+        }.items():
+            pairs = itertools.zip_longest(getattr(self, of), getattr(other, of), fillvalue="none")
+            changed += [f"{what} of {i}: {a} -> {b}" for i, (a, b) in enumerate(pairs) if a != b]
+        if self.void_raw_ids != other.void_raw_ids:
+            changed.append(f"raw ids of void: {self.void_raw_ids} -> {other.void_raw_ids}")
+        if self.name != other.name:
+            changed.append(f"its own name: {self.name} -> {other.name}")
+        return changed
 
     def meaning(self, raw: int) -> str | None:
         """What a raw value stands for: the name of a class, 'void', or nothing (None)."""
@@ -167,18 +187,25 @@ def load_label_set(name_or_path: str) -> LabelSet:
             name_or_path,
             resource.read_text("utf-8-sig"),
             *_SIZES.get(name_or_path, _DEFAULT_SIZES),
+            where=f"label set '{name_or_path}'",
         )
     path = Path(name_or_path)
     if path.suffix == ".csv":
         if not path.is_file():
             raise ValueError(f"data.labels={name_or_path!r}: there is no such file")
-        return _parse(path.stem, path.read_text("utf-8-sig"), *_DEFAULT_SIZES)
+        text = path.read_text("utf-8-sig")
+        return _parse(path.stem, text, *_DEFAULT_SIZES, where=f"label set {path}")
     nearest = difflib.get_close_matches(name_or_path, built_in_names(), n=1)
     hint = f" (did you mean '{nearest[0]}'?)" if nearest else ""
     raise ValueError(
         f"data.labels={name_or_path!r} is neither a label set "
         f"({', '.join(built_in_names())}) nor a .csv file{hint}"
     )
+
+
+def shortened(changes: Sequence[str]) -> str:
+    """The first few of `LabelSet.changes_to`."""
+    return ", ".join([*changes[:6], *(["..."] if len(changes) > 6 else [])])
 
 
 def _ranges(values: list[int]) -> str:
@@ -196,59 +223,77 @@ def _pack(colors: UInt8[np.ndarray, "*shape 3"]) -> Int32[np.ndarray, "*shape"]:
     return (wide[..., 0] << 16) | (wide[..., 1] << 8) | wide[..., 2]
 
 
-def _parse(name: str, text: str, crop_size: tuple[int, int], base_size: int) -> LabelSet:
-    rows = list(csv.DictReader(text.splitlines()))
-    missing = [column for column in COLUMNS if not rows or column not in rows[0]]
+class _Row(NamedTuple):
+    """One line of a CSV."""
+
+    id: int
+    name: str
+    color: tuple[int, int, int] | None
+    raw_ids: tuple[int, ...]
+    group: str | None
+
+
+def _parse(
+    name: str, text: str, crop_size: tuple[int, int], base_size: int, *, where: str
+) -> LabelSet:
+    """The label set that a CSV holds; `where` is what errors name."""
+    reader = csv.DictReader(text.splitlines())
+    missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
     if missing:
         raise ValueError(
-            f"label set '{name}': columns {', '.join(missing)} are missing; "
-            f"the first line must be {','.join(COLUMNS)}"
+            f"{where}: columns {', '.join(missing)} are missing; the first line must be {','.join(COLUMNS)}"
         )
-    try:
-        void = [row for row in rows if int(row["id"]) == IGNORE_LABEL]
-        classes = [row for row in rows if int(row["id"]) != IGNORE_LABEL]
-        colors = tuple(map(_color, classes))
-        void_colors = tuple(_color(row) for row in void if row["red"])
-        raw_ids = tuple(tuple(map(int, row["raw_ids"].split())) for row in classes)
-        void_raw_ids = tuple(raw for row in void for raw in map(int, row["raw_ids"].split()))
-        ids = [int(row["id"]) for row in classes]
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"label set '{name}': {error}; all but names must be whole numbers, "
-            "several raw_ids separated by spaces"
-        ) from None
-    _check(
-        name,
-        ids,
-        (*colors, *void_colors),
-        [raw for group in (*raw_ids, void_raw_ids) for raw in group],
-    )
+    rows = []
+    for row in reader:
+        try:
+            rows.append(_row(row))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{where}, line {reader.line_num}: {error}; all but names must be whole numbers, several raw_ids "
+                "separated by spaces"
+            ) from None
+    void = [row for row in rows if row.id == IGNORE_LABEL]
+    classes = [row for row in rows if row.id != IGNORE_LABEL]
+    void_colors = tuple(row.color for row in void if row.color is not None)
+    colors = tuple(row.color or (0, 0, 0) for row in classes)
+    raw_ids = [raw for row in rows for raw in row.raw_ids]
+    _check(where, [row.id for row in classes], (*colors, *void_colors), raw_ids)
     return LabelSet(
         name=name,
-        names=tuple(row["name"] for row in classes),
+        names=tuple(row.name for row in classes),
         colors=colors,
-        raw_ids=raw_ids,
-        void_raw_ids=void_raw_ids,
-        groups=tuple(row.get("group") or None for row in classes),
+        raw_ids=tuple(row.raw_ids for row in classes),
+        void_raw_ids=tuple(raw for row in void for raw in row.raw_ids),
+        groups=tuple(row.group for row in classes),
         crop_size=crop_size,
         base_size=base_size,
         void_colors=void_colors,
     )
 
 
-def _color(row: dict[str, str]) -> tuple[int, int, int]:
-    return int(row["red"]), int(row["green"]), int(row["blue"])
+def _row(cells: dict) -> _Row:
+    if None in cells:
+        raise ValueError(f"{','.join(cells[None])!r} stands behind the last column")
+    group = cells.get("group") or None
+    if group is not None and group.isdecimal():
+        raise ValueError(f"the group is {group}, a number")
+    number = int(cells["id"])
+    # Void needs no color.
+    has_color = number != IGNORE_LABEL or bool(cells["red"])
+    color = (int(cells["red"]), int(cells["green"]), int(cells["blue"])) if has_color else None
+    raw_ids = tuple(map(int, cells["raw_ids"].split()))
+    return _Row(number, cells["name"], color, raw_ids, group)
 
 
-def _check(name: str, ids: list[int], colors: tuple, raw_ids: list[int]) -> None:
+def _check(where: str, ids: list[int], colors: tuple, raw_ids: list[int]) -> None:
     if ids != list(range(len(ids))) or not 2 <= len(ids) <= MAX_CLASSES:
         raise ValueError(
-            f"label set '{name}': ids must count 0, 1, 2, ... (at least two, at most "
+            f"{where}: ids must count 0, 1, 2, ... (at least two, at most "
             f"{MAX_CLASSES} classes), and {IGNORE_LABEL} for void; found {ids[:5]} ..."
         )
     repeated = sorted({raw for raw in raw_ids if raw_ids.count(raw) > 1})
     if repeated:
-        raise ValueError(f"label set '{name}': raw ids {repeated} are listed twice")
+        raise ValueError(f"{where}: raw ids {repeated} are listed twice")
     wrong = [value for value in [*raw_ids, *sum(colors, ())] if not 0 <= value <= 255]
     if wrong:
-        raise ValueError(f"label set '{name}': {wrong[:5]} are not within 0..255")
+        raise ValueError(f"{where}: {wrong[:5]} are not within 0..255")

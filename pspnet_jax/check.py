@@ -88,9 +88,11 @@ def first_look(
     drawn = np.random.default_rng(0).permutation(len(source))[:_RANDOM]
     chosen = sorted({*range(min(_FIRST, len(source))), *drawn.tolist()})
     end = time.monotonic() + _SECONDS_OF_FIRST_LOOK
-    found = Survey(split)
+    found, num_faulty = Survey(split), 0
     for index in chosen:
-        found.add(look(index))
+        finding = look(index)
+        found.add(finding)
+        num_faulty += bool(finding.faults)
         if time.monotonic() > end:
             break
     faults = [sentence for sentences in found.faults.values() for sentence in sentences]
@@ -99,7 +101,7 @@ def first_look(
         f"of {found.num_images} images of split '{split}' that were looked at (pspnet check --config=... "
         f"reads all of them):\n  {listed}"
     )
-    if len(faults) > unreadable_share_max * len(source):
+    if num_faulty > unreadable_share_max * len(source):
         raise DataError(looked)
     if faults:
         log.warning("%s\nThey are left out of training (data.unreadable_share_max).", looked)

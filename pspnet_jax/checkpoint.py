@@ -50,6 +50,8 @@ class StepRecord:
     """Part -> SHA-256 in hexadecimal."""
     mean_iou: float | None
     """Of the evaluation at that step, where there was one."""
+    evaluation: str | None
+    """Which one: split and protocol; None where that is not known."""
     layouts: Mapping[str, Tree]
     """Part -> what `packing` says of its bytes."""
 
@@ -94,9 +96,10 @@ class CheckpointFolder:
             text = (self.folder(step) / _RECORD_FILE).read_text()
             metadata = json.loads(text)["custom_metadata"]
             layouts = metadata.get("layouts", {})
-            if layouts and metadata["score_digest"] != _score_digest(step, metadata["mean_iou"]):
+            score = metadata["mean_iou"], metadata.get("evaluation")  # older ones do not name it
+            if layouts and metadata["score_digest"] != _score_digest(step, *score):
                 raise ValueError("its score differs from the digest")
-            record = StepRecord(metadata["digests"], metadata["mean_iou"], layouts)
+            record = StepRecord(metadata["digests"], *score, layouts)
         except Exception as error:
             raise CorruptCheckpointError(f"{self.folder(step)}: {error}") from error
         if not layouts:
@@ -106,10 +109,16 @@ class CheckpointFolder:
         return record
 
     def best_step(self) -> int:
-        """The step with the highest mean IoU (the later of equals); the latest where none was evaluated."""
-        scored = [(self._score(step), step) for step in self._existing_steps()]
-        scored = [(score, step) for score, step in scored if score is not None]
-        return max(scored)[1] if scored else self.latest_step()
+        """The step with the highest mean IoU (the later of equals) of those evaluated as the last of them was; the
+        latest where none was."""
+        records = [(step, self._readable(step)) for step in self._existing_steps()]
+        scored = [
+            (r.mean_iou, step, r.evaluation) for step, r in records if r and r.mean_iou is not None
+        ]
+        if not scored:
+            return self.latest_step()
+        last = scored[-1][2]
+        return max((score, step) for score, step, of in scored if of in (last, None))[1]
 
     def latest_step(self) -> int:
         return self._existing_steps()[-1]
@@ -135,15 +144,21 @@ class CheckpointFolder:
         )
         self._pending = (step, response)
 
-    def set_score(self, step: int, mean_iou: float) -> None:
-        """Write down what an evaluation of a saved step gave."""
+    def set_score(self, step: int, mean_iou: float, *, evaluation: str) -> None:
+        """Write down what an evaluation of a saved step gave.
+
+        Args:
+            evaluation: split and protocol; others give other scores.
+        """
         self.wait()
         if jax.process_index() != 0 or math.isnan(mean_iou):
             return
         path = self.folder(step) / _RECORD_FILE
         content = json.loads(path.read_text())
-        score = {"mean_iou": mean_iou, "score_digest": _score_digest(step, mean_iou)}
-        content["custom_metadata"].update(score)
+        score_digest = _score_digest(step, mean_iou, evaluation)
+        content["custom_metadata"].update(
+            mean_iou=mean_iou, evaluation=evaluation, score_digest=score_digest
+        )
         write_whole(path, json.dumps(content))
 
     def wait(self) -> None:
@@ -151,15 +166,16 @@ class CheckpointFolder:
         if self._pending is None:
             return
         step, response = self._pending
-        self._pending = None
         handled = sys.exc_info()[1]
         try:
-            response.result()
+            response.result()  # a signal that raises here leaves it pending
         except Exception as error:
+            self._pending = None
             raise OSError(
                 f"{self.folder(step)} could not be saved: {_root_cause(error, handled=handled)}; what was saved before is "
                 "untouched, and the same command goes on from there"
             ) from error
+        self._pending = None
         for part in self.record(step).digests:
             self.load(step, part)
         log.debug("step %d is saved and was read back", step)
@@ -221,19 +237,19 @@ class CheckpointFolder:
             raise FileNotFoundError(f"{self.path} holds no checkpoint")
         return steps
 
-    def _score(self, step: int) -> float | None:
+    def _readable(self, step: int) -> StepRecord | None:
         try:
-            return self.record(step).mean_iou
+            return self.record(step)
         except CorruptCheckpointError as error:
             # An old step that cannot be read must not stop the run that is writing new ones.
             log.warning("%s\nIt is left out of the choice of the best step.", error)
             return None
 
     def _prune(self) -> None:
-        steps = self.steps()
-        kept = {*steps[-NUM_LATEST:], self.best_step()}
         if jax.process_index() != 0:
             return
+        steps = self.steps()
+        kept = {*steps[-NUM_LATEST:], self.best_step()}
         for step in steps:
             if step not in kept:
                 shutil.rmtree(self.folder(step))
@@ -259,5 +275,6 @@ def _pieces(stream: np.ndarray) -> dict[str, np.ndarray]:
     return {f"{i:04d}": stream[start : start + _PIECE_BYTES] for i, start in enumerate(starts)}
 
 
-def _score_digest(step: int, mean_iou: float | None) -> str:
-    return hashlib.sha256(f"{step} {mean_iou!r}".encode()).hexdigest()
+def _score_digest(step: int, mean_iou: float | None, evaluation: str | None = None) -> str:
+    named = "" if evaluation is None else f" {evaluation}"
+    return hashlib.sha256(f"{step} {mean_iou!r}{named}".encode()).hexdigest()

@@ -23,7 +23,7 @@ def default_config() -> ConfigDict:
     config = ConfigDict()
     config.name = placeholder(str)  # the run's folder is runs/<name>
     config.init_from = placeholder(str)  # weights at step 0: of a run, a converted model, a file
-    config.seed = 0  # of initialization, order of images, augmentation, dropout; at least 0
+    config.seed = 0  # of initialization, order of images, augmentation, dropout; 0..2^32 - 1
 
     data = config.data = ConfigDict()
     data.source = "folder"  # folder | prepared | scenes
@@ -159,7 +159,7 @@ def _one_of(*values: str) -> tuple[Callable[[str], bool], str]:
 
 
 _CONSTRAINTS: dict[str, tuple[Callable, str]] = {
-    "seed": _AT_LEAST_0,
+    "seed": (lambda x: 0 <= x < 2**32, "within 0..4294967295"),
     "data.source": _one_of("folder", "prepared", "scenes"),
     "data.layout": _one_of(
         "ade20k", "camvid", "cityscapes", "cityscapes_coarse", "list", "pairs", "voc2012"

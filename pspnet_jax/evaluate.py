@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from pspnet_jax import config as config_module
 from pspnet_jax import parallel
 from pspnet_jax.arrays import LabelMap, RawImage
-from pspnet_jax.catalog import LabelSet, load_label_set
+from pspnet_jax.catalog import LabelSet, load_label_set, shortened
 from pspnet_jax.data.pipeline import Source, evaluation_examples, open_source
 from pspnet_jax.metrics import Confusion, ImageScore, confusion_matrix, image_score
 from pspnet_jax.progress import Progress
@@ -68,7 +68,11 @@ def evaluate(
         )
     except Exception as error:  # the others wait for what this process says
         failure = error
-    said = [text.decode() for text in parallel.gather(str(failure or "").encode()) if text]
+    said = [
+        text.decode()
+        for text in parallel.gather((repr(failure) if failure else "").encode())
+        if text
+    ]
     if failure is not None:
         raise failure
     if part is None or said:
@@ -325,8 +329,7 @@ def _find_data(
             )
     if label_set.names != stored_set.names:
         raise ValueError(
-            f"data.labels={config.data.labels} has {label_set.num_classes} classes "
-            f"({', '.join(label_set.names[:3])}, ...), the checkpoint was trained on "
-            f"'{stored_set.name}' with {stored_set.num_classes}"
+            f"data.labels={config.data.labels} has {label_set.num_classes} classes, the checkpoint was trained on "
+            f"'{stored_set.name}' with {stored_set.num_classes}: {shortened(stored_set.changes_to(label_set))}"
         )
     return config, label_set

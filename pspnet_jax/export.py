@@ -211,7 +211,7 @@ def exported_function(stored: StoredModel, *, platforms: tuple[str, ...]) -> jax
 
 @functools.lru_cache(maxsize=16)
 def smallest_side(description: Description) -> int:
-    """The smallest height and width of images, pixels, whose feature maps are not empty."""
+    """The smallest height and width of images, pixels, that the network takes."""
     graphdef, *arrays = structure(description.network())
     rule = description.model.size_rule
 
@@ -221,7 +221,11 @@ def smallest_side(description: Description) -> int:
     def is_empty(side: int) -> bool:
         shape = (1, rule.padded(side), rule.padded(side), 3)
         images = jax.ShapeDtypeStruct(shape, np.float32)
-        return 0 in jax.eval_shape(feature_maps, *arrays, images).shape
+        try:
+            jax.eval_shape(feature_maps, *arrays, images)
+        except ValueError:  # nothing is left to halve
+            return True
+        return False
 
     return next(side for side in range(1, 1000) if not is_empty(side))
 

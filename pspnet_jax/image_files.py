@@ -81,6 +81,10 @@ def _matches(pattern: Path, without: Collection[Path]) -> Iterator[tuple[Path, P
     """The folder that a pattern starts from, with each file that matches."""
     parts = pattern.parts
     fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    if ".." in parts[fixed:]:
+        raise ValueError(
+            f"{pattern}: '..' stands behind the first wildcard; name the folder itself, e.g. by an absolute path"
+        )
     base = Path(*parts[:fixed])
     found = [Path(match) for match in glob.glob(str(pattern), recursive=True)]
     files = sorted(path for path in found if path.is_file() and not _is_within(path, without))

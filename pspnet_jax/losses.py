@@ -299,8 +299,11 @@ def presence_loss(logits: PresenceLogits, labels: Labels, options: LossOptions =
 
 
 def presence_accuracy(logits: PresenceLogits, labels: Labels) -> Scalar:
-    """Share of (image, class) pairs whose presence is told rightly, 0..1."""
-    return jnp.mean((logits > 0) == presence_of(labels, logits.shape[-1]))
+    """Share of (image, class) pairs whose presence is told rightly, 0..1; images without labels do not count."""
+    is_present = presence_of(labels, logits.shape[-1])
+    counts = is_present.any(axis=1, keepdims=True)
+    is_right = ((logits > 0) == is_present) & counts
+    return is_right.sum() / jnp.maximum(counts.sum() * logits.shape[-1], 1)
 
 
 def segmentation_loss(

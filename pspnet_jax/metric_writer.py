@@ -31,7 +31,7 @@ class MetricWriter:
     Args:
         workdir: of the run.
         first_step: steps after this one are forgotten (0 for a new run).
-        redoes_evaluation: what was found at the first step is forgotten, too.
+        redoes_evaluation: what was found at the first step is forgotten, too (TensorBoard shows it twice).
         is_writer: False for all processes but one.
     """
 

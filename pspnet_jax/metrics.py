@@ -96,12 +96,14 @@ def image_score(index: int, confusion: Confusion) -> ImageScore:
 
 
 def group_iou(iou: PerClass, groups: Sequence[str | None]) -> dict[str, float]:
-    """Mean IoU of each named group of classes and of the rest ({} where no class has a group)."""
+    """Mean IoU of each named group of classes and of the rest, 'others' ({} where no class has a group)."""
     names = list(dict.fromkeys(group for group in groups if group))
     if not names:
         return {}
     members = {name: [i for i, group in enumerate(groups) if group == name] for name in names}
-    members["others"] = [i for i, group in enumerate(groups) if not group]
+    rest = [i for i, group in enumerate(groups) if not group]
+    if rest:
+        members["others"] = members.get("others", []) + rest
     return {name: _mean(iou[ids], "skip") for name, ids in members.items()}
 
 

@@ -52,10 +52,11 @@ def meet(mode: str, *, seconds: int = MEETING_SECONDS) -> None:
     if mode not in MODES:
         raise ValueError(f"--distributed={mode} is not one of {', '.join(MODES)}")
     missing = [name for name in _OWN if name not in os.environ]
-    if mode == "auto" and 0 < len(missing) < len(_OWN) and "JAX_NUM_PROCESSES" in os.environ:
+    # An address alone is left over from elsewhere, or meant for JAX.
+    given = [name for name in _OWN[1:] if name in os.environ]
+    if mode == "auto" and missing and given:
         raise ValueError(
-            f"JAX_NUM_PROCESSES is set and {', '.join(missing)} is not: set all three, or "
-            "--distributed=off"
+            f"{' and '.join(given)} set, {' and '.join(missing)} not: set all three, or --distributed=off"
         )
     if mode == "off" or (mode == "auto" and num_processes(os.environ) < 2):
         return

@@ -256,11 +256,12 @@ def choose(name: str, label_set: LabelSet) -> Protocol:
     if name not in PROTOCOLS:
         raise ValueError(f"protocol={name!r} is not one of {', '.join(PROTOCOLS)}")
     protocol = PROTOCOLS[name]
+    is_cityscapes = label_set.name in ("cityscapes", "cityscapes_train_ids")
     if name in ("semseg", "caffe"):
         return override(protocol, crop_size=label_set.crop_size, base_size=label_set.base_size)
-    if name == "mmseg-whole" and label_set.name == "cityscapes":
+    if name == "mmseg-whole" and is_cityscapes:
         return override(protocol, base_size=1024, max_size=2048)
-    if name == "mmseg-slide" and label_set.name == "cityscapes":
+    if name == "mmseg-slide" and is_cityscapes:
         return override(protocol, base_size=1025, max_size=2049, crop_size=(769, 769))
     return override(protocol)
 

@@ -19,7 +19,8 @@ import numpy as np
 from pspnet_jax import visualize
 from pspnet_jax.arrays import IGNORE_LABEL, Example, LabelMap
 from pspnet_jax.catalog import LabelSet
-from pspnet_jax.data.pipeline import Source
+from pspnet_jax.data.folders import FolderSource
+from pspnet_jax.data.pipeline import Records, Source, name_of
 from pspnet_jax.metrics import Confusion, ImageScore, Scores, group_iou, scores
 from pspnet_jax.models.families import ModelOptions
 from pspnet_jax.protocols import Protocol
@@ -72,7 +73,7 @@ class Evaluation:
         """The scores that are followed over training, named by protocol."""
         found = {"mean_iou": self.scores.mean_iou, "pixel_accuracy": self.scores.pixel_accuracy}
         prefix = f"evaluation/{self.protocol.name}"
-        return {f"{prefix}/{name}": value for name, value in (found | self.groups).items()}
+        return {f"{prefix}/{name}": value for name, value in (self.groups | found).items()}
 
 
 def ranks(images: Sequence[ImageScore]) -> dict[str, list[int]]:
@@ -174,7 +175,9 @@ def write_report(
     Args:
         origin: where the data come from, for the report.
     """
-    names: Sequence[str] | None = getattr(source, "names", None)
+    names = None
+    if isinstance(source, FolderSource | Records):
+        names = [name_of(source, index) for index in range(len(source))]
     contents = report(evaluation, provenance, split=split, names=names, origin=origin)
     if jax.process_index() != 0:
         return contents

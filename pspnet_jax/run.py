@@ -32,6 +32,7 @@ from ml_collections import ConfigDict
 from pspnet_jax import check, evaluate, parallel, passes
 from pspnet_jax import config as config_module
 from pspnet_jax.arrays import Batch
+from pspnet_jax.catalog import shortened
 from pspnet_jax.checkpoint import CheckpointFolder, CorruptCheckpointError
 from pspnet_jax.data import transforms, unreadable
 from pspnet_jax.data.pipeline import Source, name_of, training_batches
@@ -179,9 +180,24 @@ class Run:
         )
         message = f"{summary(result)}\nreport: {folder / FILES['report']}"
         progress.log_evaluation(step, result.scalars, message, seconds=result.seconds)
-        self.checkpoints.set_score(step, result.scores.mean_iou)
+        _, _, evaluation = folder.name.partition("-")  # without the step
+        self.checkpoints.set_score(step, result.scores.mean_iou, evaluation=evaluation)
 
     def save(self, step: int, state: TrainState) -> None:
+        """Start writing a checkpoint.
+
+        Raises:
+            ValueError: where batch statistics are not finite. Loss and gradient still may be, so that no step was
+                skipped: an infinite variance only makes a channel 0.
+        """
+        statistics = flatten(state.batch_stats)
+        wrong = [name for name, x in statistics.items() if not np.isfinite(np.asarray(x)).all()]
+        if wrong:
+            raise ValueError(
+                f"after step {step} {len(wrong)} batch statistics are not finite ({', '.join(wrong[:3])}, ...): feature "
+                "maps overflow. Nothing of it was saved; go on from the last checkpoint with a lower "
+                "--config.optimizer.learning_rate or a longer warmup_steps"
+            )
         parts = {
             "model": model_part(self.description, state.params, state.batch_stats),
             "optimizer": _optimizer_part(state),
@@ -252,7 +268,14 @@ class Run:
         _check_continues(stored, self.description, folder)
         wanted, opt_state = jax.eval_shape(self._shapes)
         check_same_shapes({name: model[name] for name in wanted}, wanted, where=str(folder))
-        opt_state = serialization.from_state_dict(opt_state, optimizer["opt_state"])
+        try:
+            opt_state = serialization.from_state_dict(opt_state, optimizer["opt_state"])
+        except ValueError:
+            name = self.config.optimizer.name
+            raise ValueError(
+                f"{folder} holds the state of another optimizer than optimizer.name={name}: choose the one it was trained "
+                f"with, or another --workdir (or --config.name) and --config.init_from={self.workdir}"
+            ) from None
         restored = (
             optimizer["step"],
             model["params"],
@@ -382,11 +405,15 @@ def _optimizer_part(state: TrainState) -> Tree:
 def _check_continues(stored: Description, wanted: Description, folder: Path) -> None:
     """Raise where a checkpoint's network is not the one to be trained; listing all differences."""
     faults = []
-    if stored.label_set != wanted.label_set:
+    there, here = stored.label_set, wanted.label_set
+    changes = there.changes_to(here)
+    if there.names != here.names:
         faults.append(
-            f"label set '{stored.label_set.name}' with {stored.label_set.num_classes} classes there, "
-            f"'{wanted.label_set.name}' with {wanted.label_set.num_classes} here"
+            f"label set '{there.name}' with {there.num_classes} classes there, '{here.name}' with "
+            f"{here.num_classes} here: {shortened(changes)}"
         )
+    elif changes:
+        log.warning("going on with a changed label set: %s", shortened(changes))
     for field in dataclasses.fields(ModelOptions):
         old, new = getattr(stored.model, field.name), getattr(wanted.model, field.name)
         if old != new and field.name not in _CHANGEABLE_OPTIONS:

@@ -29,6 +29,7 @@ _LINE = 22  # height of a line of text, pixels
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 _SWATCH = 28  # width of a color in the legend of a label set, pixels
 _LEGEND_SHAPE = 4 / 3  # about its width over its height
+_MOST_WIDTH = 2000  # to which pictures are enlarged, pixels
 _SCALE = 256  # width of a gray scale, pixels
 
 
@@ -86,7 +87,12 @@ def legend(names: Sequence[str], palette: Palette, *, scales: Sequence[str] = ()
 def encode_png(picture: RawImage | LabelMap) -> bytes:
     """A PNG file of an RGB picture, or of one channel."""
     swapped = picture[..., ::-1] if picture.ndim == 3 else picture
-    return cv2.imencode(".png", swapped)[1].tobytes()
+    is_encoded, encoded = cv2.imencode(".png", swapped)
+    if not is_encoded:
+        raise ValueError(
+            f"a picture of {picture.shape[:2]} (height, width) is too large for a PNG file"
+        )
+    return encoded.tobytes()
 
 
 def encode_indexed_png(labels: LabelMap, palette: Palette) -> bytes:
@@ -185,7 +191,8 @@ def grid(panels: Sequence[Picture], *, columns: int) -> Picture:
 
 
 def _enlarged(picture: Picture, min_height: int) -> Picture:
-    factor = -(-min_height // picture.shape[0])
+    height, width = picture.shape[:2]
+    factor = max(1, min(-(-min_height // height), _MOST_WIDTH // width))
     return picture.repeat(factor, axis=0).repeat(factor, axis=1)
 
 

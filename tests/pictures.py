@@ -2,6 +2,7 @@
 
 import base64
 import struct
+import types
 import zlib
 from pathlib import Path
 
@@ -88,11 +89,13 @@ def write_palette_mask(path, ids, colors):
     write_png(path, ids, color_type=3, between={b"PLTE": palette.tobytes()})
 
 
-def write_png(path, values, *, color_type, between):
-    """A PNG of one 8-bit channel with further chunks in front of its pixels."""
+def write_png(path, values, *, color_type, between=types.MappingProxyType({}), bits=8):
+    """A PNG of one channel, given by the bytes of its rows, with further chunks in front of its pixels."""
     rows = b"".join(b"\0" + row.tobytes() for row in values)
     chunks = {
-        b"IHDR": struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 8, color_type, 0, 0, 0),
+        b"IHDR": struct.pack(
+            ">IIBBBBB", values.shape[1] * 8 // bits, len(values), bits, color_type, 0, 0, 0
+        ),
         **between,
         b"IDAT": zlib.compress(rows),
         b"IEND": b"",

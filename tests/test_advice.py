@@ -83,6 +83,13 @@ def test_csv_of_values_that_no_label_set_lists(tmp_path):
     assert mine.void_raw_ids == (11, 255)
 
 
+@pytest.mark.parametrize("found", [[200], [200, 255], [11, 200], [255]])
+def test_one_class_is_no_label_set(found):
+    suggestion = suggest_labels(found, CAMVID)
+    assert "nothing to tell apart" in suggestion.sentence
+    assert suggestion.csv is None
+
+
 def test_few_classes_of_a_large_label_set_are_ones_own():
     suggestion = suggest_labels([0, 1, 12], CAMVID)  # all of them are listed by voc2012, too
     assert suggestion.labels is None

@@ -143,6 +143,47 @@ def test_own_csv(tmp_path):
     assert label_set.name == "mine"
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            HEADER + "0,a,0,0,0,0\n1,b,9,9,9,1,255\n",
+            r"mine\.csv, line 3: '255' stands behind the last",
+        ),
+        (HEADER + "0,a,0,0,0,0\n1,b,9,9,9,'0,1'\n", r"line 3: \"1'\" stands behind"),
+        (HEADER + "0,a,0,0,0,0\n1,b,9,9,9,x\n", r"line 3: invalid literal .* whole numbers"),
+        (
+            HEADER.strip() + ",group\n0,a,0,0,0,0,x\n1,b,9,9,9,1,255\n",
+            "line 3: the group is 255, a number",
+        ),
+    ],
+)
+def test_raw_ids_that_are_separated_by_commas_are_not_dropped(text, message, tmp_path):
+    (tmp_path / "mine.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_label_set(str(tmp_path / "mine.csv"))
+
+
+def test_changes_between_label_sets_are_told(tmp_path):
+    def own(text):
+        (tmp_path / "mine.csv").write_text(HEADER + text)
+        return load_label_set(str(tmp_path / "mine.csv"))
+
+    before = own("0,a,0,0,0,0\n1,house,9,9,9,1\n")
+    after = own("0,a,0,0,1,0 4\n1,building,9,9,9,1\n2,c,8,8,8,2\n255,void,,,,7\n")
+    assert before.changes_to(before) == []
+    assert before.changes_to(after) == [
+        "name of 1: house -> building",
+        "name of 2: none -> c",
+        "raw ids of 0: (0,) -> (0, 4)",
+        "raw ids of 2: none -> (2,)",
+        "color of 0: (0, 0, 0) -> (0, 0, 1)",
+        "color of 2: none -> (8, 8, 8)",
+        "group of 2: none -> None",
+        "raw ids of void: () -> (7,)",
+    ]
+
+
 def test_csv_of_a_spreadsheet_may_start_with_a_byte_order_mark(tmp_path):
     path = tmp_path / "mine.csv"
     path.write_text(HEADER + "0,a,0,0,0,0\n1,b,0,0,0,1\n", encoding="utf-8-sig")
@@ -160,8 +201,9 @@ def test_values_beside_255_suggest_how_a_class_lists_it(tmp_path):
     camvid = load_label_set("camvid")
     with pytest.raises(ValueError, match=r"'1,object,220,20,60,255'"):
         camvid.from_raw(np.array([[0, 128, 255]], np.uint8))
-    with pytest.raises(ValueError, match=r"is data\.labels the right one\?$"):
-        camvid.from_raw(np.array([[0, 128]], np.uint8))
+    for values in ([0, 128], [3, 50, 255]):
+        with pytest.raises(ValueError, match=r"is data\.labels the right one\?$"):
+            camvid.from_raw(np.array([values], np.uint8))
     (tmp_path / "binary.csv").write_text(HEADER + "0,background,0,0,0,0\n1,object,9,9,9,255\n")
     binary = load_label_set(str(tmp_path / "binary.csv"))
     with pytest.raises(

@@ -76,15 +76,50 @@ def test_a_score_that_is_not_a_number_is_no_score(tmp_path):
 
 def test_a_score_that_comes_later(tmp_path):
     folder = saved(tmp_path, {1: 0.2, 2: None})
-    folder.set_score(2, 0.3)
+    folder.set_score(2, 0.3, evaluation="val-whole")
     assert folder.best_step() == 2
-    folder.set_score(2, float("nan"))
+    folder.set_score(2, float("nan"), evaluation="val-whole")
     assert folder.record(2).mean_iou == 0.3
     assert folder.load(2, "model")
     path = folder.folder(2) / "_CHECKPOINT_METADATA"
     path.write_text(path.read_text().replace("0.3", "0.1"))
     with pytest.raises(CorruptCheckpointError, match="its score differs from the digest"):
         folder.record(2)
+
+
+def test_scores_of_other_evaluations_are_not_compared(tmp_path):
+    folder = saved(tmp_path, {1: None, 2: None})
+    for step, score, evaluation in ((1, 0.9, "val-semseg"), (2, 0.3, "val-whole")):
+        folder.set_score(step, score, evaluation=evaluation)
+    assert folder.best_step() == 2
+    folder.save(3, parts(3), mean_iou=None)
+    folder.wait()
+    folder.set_score(3, 0.2, evaluation="val-whole")
+    folder.save(4, parts(4), mean_iou=None)
+    folder.wait()
+    assert folder.steps() == [2, 3, 4]
+    path = folder.folder(3) / "_CHECKPOINT_METADATA"
+    path.write_text(path.read_text().replace("val-whole", "val-semseg"))
+    with pytest.raises(CorruptCheckpointError, match="its score differs from the digest"):
+        folder.record(3)
+
+
+def test_a_signal_while_a_save_is_waited_for_loses_nothing(tmp_path, monkeypatch):
+    class Told(BaseException):
+        pass
+
+    def told(*_):
+        raise Told
+
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    folder.save(1, parts(1), mean_iou=None)
+    _, response = folder._pending
+    calls = iter((told, response.result))
+    monkeypatch.setattr(response, "result", lambda: next(calls)())
+    with pytest.raises(Told), folder:
+        folder.wait()
+    assert next(calls, None) is None  # waited for once more at the end
+    assert folder.steps() == [1]
 
 
 def test_steps_of_older_versions_are_named_and_not_set_aside(tmp_path):

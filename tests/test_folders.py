@@ -1,6 +1,6 @@
 """Files of images and masks: what is read, and what a fault says."""
 
-import re
+import shlex
 
 import cv2
 import numpy as np
@@ -119,7 +119,7 @@ def test_what_is_no_image_or_not_there(tmp_path):
 
 def repair(error):
     """Run the Python command that an error recommends."""
-    exec(re.search(r'python -c "([^"]+)"', str(error)).group(1), {})
+    exec(shlex.split(str(error).partition("python -c ")[2])[0], {})
 
 
 def quadrants():
@@ -187,6 +187,29 @@ def test_image_of_16_bits_is_refused_and_the_command_repairs_it(tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / "deep.png"), image)
 
 
+@pytest.mark.parametrize("suffix", [".tiff", ".ppm", ".pgm"])
+def test_other_files_of_16_bits_are_refused_too(tmp_path, suffix):
+    path = tmp_path / f"it's{suffix}"  # a name that needs quotes in a shell
+    shape = (4, 6) if suffix == ".pgm" else (4, 6, 3)
+    assert cv2.imwrite(str(path), np.full(shape, 77 * 257, np.uint16))
+    with pytest.raises(DataError, match="8 bits per channel, this one has 16") as caught:
+        read_image(path)
+    repair(caught.value)
+    np.testing.assert_array_equal(read_image(path), np.full((4, 6, 3), 77))
+
+
+@pytest.mark.parametrize("suffix", [".tiff", ".webp", ".bmp"])
+def test_other_transparent_files_are_refused_too(tmp_path, suffix):
+    path, image = tmp_path / f"cut{suffix}", np.full((4, 6, 4), 255, np.uint8)
+    flags = [cv2.IMWRITE_WEBP_QUALITY, 101] if suffix == ".webp" else []  # lossless
+    assert cv2.imwrite(str(path), image, flags)
+    np.testing.assert_array_equal(read_image(path), image[..., :3])
+    image[:2, :, 3] = 0
+    assert cv2.imwrite(str(path), image, flags)
+    with pytest.raises(DataError, match=r"50\.0% of the image is transparent"):
+        read_image(path)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_image_is_turned_as_its_exif_orientation_says(tmp_path, orientation):
     image, labels = quadrants()
@@ -231,6 +254,18 @@ def test_the_command_repairs_a_mask_of_another_kind(tmp_path, shape, dtype):
         read_mask(path)
     repair(caught.value)
     assert (read_mask(path) == 7).all()
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_ids_of_fewer_bits_are_not_multiplied(tmp_path, bits):
+    path, ids = tmp_path / "mask.png", np.arange(2**bits, dtype=np.uint8)
+    packed = np.packbits(np.unpackbits(ids[:, None], axis=1)[:, -bits:].reshape(1, -1), axis=1)
+    write_png(path, packed, color_type=0, bits=bits)
+    assert cv2.imread(str(path), -1).max() == 255  # of OpenCV
+    with pytest.raises(DataError, match=f"this one has {bits} bits; this gives it 8") as caught:
+        read_mask(path)
+    repair(caught.value)
+    np.testing.assert_array_equal(read_mask(path), ids[None])
 
 
 def test_ids_above_255_are_not_cut_off(tmp_path):

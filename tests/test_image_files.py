@@ -86,6 +86,7 @@ def test_links_to_folders_are_followed_but_not_round_in_a_circle(root):
     ("arguments", "error", "message"),
     [
         (["val", "none.jpg"], FileNotFoundError, "none.jpg: there is no such image or folder"),
+        (["val/*/../*.png"], ValueError, r"'\.\.' stands behind the first wildcard"),
         (["val/*.bmp"], FileNotFoundError, r"val/\*.bmp: no file matches this pattern"),
         (
             ["val/out/palette/empty"],

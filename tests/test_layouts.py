@@ -59,6 +59,18 @@ def test_image_without_mask_and_mask_without_image_are_named(tmp_path):
     assert "and 1 more (6 of 8)" in str(caught.value)
 
 
+def test_hidden_files_are_no_images(tmp_path):
+    """As macOS leaves them on disks of other systems."""
+    write_split(tmp_path, "train", 2)
+    for name in ("images/train/._train_0000.jpg", "images/train/.DS_Store", "images/train/.x.jpg"):
+        (tmp_path / name).write_bytes(b"0")
+    assert len(open_folder(tmp_path)) == 2
+    (tmp_path / "annotations/train/train_0001.png").unlink()
+    (tmp_path / "annotations/train/.DS_Store").write_bytes(b"0")
+    with pytest.raises(DataError, match=r"no partner in \S*annotations/train/\*\.\*\n"):
+        open_folder(tmp_path)
+
+
 def test_zero_images(tmp_path):
     write_split(tmp_path, "train", 0)
     with pytest.raises(DataError, match="zero images"):

@@ -148,6 +148,11 @@ def test_presence_loss_by_hand():
 
 def test_presence_accuracy_counts_pairs():
     assert float(presence_accuracy(PRESENCE_LOGITS, PRESENCE_LABELS)) == pytest.approx(5 / 6)
+    blank = jnp.full_like(PRESENCE_LABELS[:1], 255)
+    logits = jnp.concatenate([PRESENCE_LOGITS, PRESENCE_LOGITS[:1]])
+    labels = jnp.concatenate([PRESENCE_LABELS, blank])
+    assert float(presence_accuracy(logits, labels)) == pytest.approx(5 / 6)
+    assert float(presence_accuracy(PRESENCE_LOGITS[:1], blank)) == 0
 
 
 def test_both_auxiliary_losses_at_once():

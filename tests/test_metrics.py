@@ -64,6 +64,9 @@ def test_groups():
     iou = np.array([0.2, 0.4, 0.9, np.nan])
     assert group_iou(iou, ["a", "a", None, None]) == {"a": pytest.approx(0.3), "others": 0.9}
     assert group_iou(iou, [None] * 4) == {}
+    assert group_iou(iou, ["a"] * 4) == {"a": pytest.approx(0.5)}
+    groups = ["others", "a", None, None]
+    assert group_iou(iou, groups) == {"others": pytest.approx(0.55), "a": 0.4}
 
 
 def test_an_image_is_judged_by_the_classes_that_occur_in_it():

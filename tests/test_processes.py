@@ -55,7 +55,12 @@ def test_unknown_modes_and_numbers_are_refused(monkeypatch):
     processes.meet("off")
     monkeypatch.delenv("JAX_PROCESS_ID")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
-    with pytest.raises(ValueError, match="JAX_NUM_PROCESSES is set and JAX_PROCESS_ID is not"):
+    with pytest.raises(ValueError, match="JAX_NUM_PROCESSES set, JAX_PROCESS_ID not"):
+        processes.meet("auto")
+    monkeypatch.delenv("JAX_NUM_PROCESSES")
+    processes.meet("auto")  # an address may be there for another reason
+    monkeypatch.setenv("JAX_PROCESS_ID", "1")
+    with pytest.raises(ValueError, match="JAX_PROCESS_ID set, JAX_NUM_PROCESSES not"):
         processes.meet("auto")
 
 

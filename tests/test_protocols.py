@@ -37,6 +37,9 @@ def test_usual_forms_of_mmsegmentation_and_csail():
     """Their configs: ade20k.py, cityscapes.py, cityscapes_769x769.py; defaults.py."""
     whole = choose("mmseg-whole", ADE20K)
     assert (whole.base_size, whole.max_size, whole.flip) == (512, 2048, False)
+    train_ids = load_label_set("cityscapes_train_ids")  # the same data set in its other encoding
+    for name in PROTOCOLS:
+        assert choose(name, train_ids) == choose(name, CITYSCAPES)
     whole = choose("mmseg-whole", CITYSCAPES)
     assert (whole.base_size, whole.max_size) == (1024, 2048)
     slide = choose("mmseg-slide", CITYSCAPES)

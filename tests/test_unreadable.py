@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pspnet_jax.arrays import IGNORE_LABEL, Batch
+from pspnet_jax.arrays import IGNORE_LABEL
 from pspnet_jax.data import transforms, unreadable
 from pspnet_jax.data.layouts import DataError
 from pspnet_jax.data.pipeline import training_batches
@@ -77,12 +77,3 @@ def test_too_many_stop_the_training():
     )
     with pytest.raises(DataError, match=message):
         batches(Damaged(2), share_max=0.1)
-
-
-def test_each_of_several_processes_takes_its_part_of_the_share(monkeypatch):
-    monkeypatch.setattr(unreadable.jax, "process_count", lambda: 2)
-    tolerant = unreadable.Tolerant(Damaged(2), size=(33, 33), color=(1, 2, 3))
-    blank = Batch(*(np.array([value]) for value in (0, 0, -3, True)))
-    assert len(list(unreadable.watched(iter([blank]), tolerant, share_max=0.34))) == 1
-    with pytest.raises(DataError, match="cannot be read"):
-        list(unreadable.watched(iter([blank]), tolerant, share_max=0.33))

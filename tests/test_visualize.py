@@ -59,6 +59,14 @@ def test_panel_holds_every_picture_at_a_whole_enlargement_and_a_legend():
         assert (legend == PALETTE[class_id]).all(axis=1).sum() >= 10 * 12
 
 
+def test_flat_pictures_are_not_enlarged_beyond_a_width():
+    flat = np.zeros((1, 3000, 3), np.uint8)
+    made = panel({"input": flat}, class_ids=[0], names=["a", "b"], palette=PALETTE)
+    assert made.shape[1] == 3000 + 2 * 8
+    with pytest.raises(ValueError, match=r"\(1, 2000000\).* is too large for a PNG file"):
+        encode_png(np.zeros((1, 2_000_000), np.uint8))
+
+
 def test_long_legends_wrap():
     picture = np.zeros((30, 30, 3), np.uint8)
     label_set = load_label_set("ade20k")

@@ -10,6 +10,7 @@
   16-bit channels are refused, because what they should look like is not ours to guess.
 """
 
+import shlex
 from pathlib import Path
 
 import cv2
@@ -109,25 +110,41 @@ def read_bytes(path: Path | str) -> bytes:
 def decode_image(path: Path | str, encoded: bytes) -> RawImage:
     """`read_image` of a file that was read; the path is for its errors."""
     header = headers.parse(encoded)
-    repair = f'python -c "import cv2; cv2.imwrite({str(path)!r}, cv2.imread({str(path)!r}))"'
-    if header is not None and header.bits > 8:
-        raise DataError(
-            f"{path}: an image must have 8 bits per channel, this one has {header.bits}; where it uses "
-            f"their whole range, this replaces it by one of 8 bits: {repair}"
-        )
-    if header is not None and header.has_alpha:
-        stored = _decode(path, encoded, cv2.IMREAD_UNCHANGED)
-        if stored.ndim == 2:  # OpenCV forgets which gray value is the transparent one
-            raise DataError(
-                f"{path}: one gray value of the image is transparent; this keeps it as a color: {repair}"
-            )
-        opacity = stored[..., 3] if stored.shape[2] == 4 else np.array([255], np.uint8)
-        if opacity.min() < 255:
-            raise DataError(
-                f"{path}: {np.mean(opacity < 255):.1%} of the image is transparent; this keeps the "
-                f"colors that are stored there: {repair}"
-            )
+    if header is None or header.has_alpha:
+        # Of other files than PNG and JPEG only the pixels tell what OpenCV would change.
+        _check_pixels(path, _decode(path, encoded, cv2.IMREAD_UNCHANGED), header)
+    elif header.bits > 8:
+        raise _too_deep(path, header.bits)
     return _decode(path, encoded, cv2.IMREAD_COLOR_RGB)
+
+
+def _check_pixels(path: Path | str, stored: np.ndarray, header: headers.Header | None) -> None:
+    """DataError where pixels as they are stored have more than 8 bits, or transparency."""
+    if stored.dtype != np.uint8:
+        raise _too_deep(path, 8 * stored.itemsize)
+    if header is not None and stored.ndim == 2:
+        # OpenCV forgets which gray value of a PNG is the transparent one.
+        raise DataError(
+            f"{path}: one gray value of the image is transparent; this keeps it as a color: {_repair(path)}"
+        )
+    is_transparent = stored[..., 3:] < 255 if stored.ndim == 3 else np.zeros(1, bool)
+    if is_transparent.any():
+        raise DataError(
+            f"{path}: {is_transparent.mean():.1%} of the image is transparent; this keeps the "
+            f"colors that are stored there: {_repair(path)}"
+        )
+
+
+def _too_deep(path: Path | str, bits: int) -> DataError:
+    return DataError(
+        f"{path}: an image must have 8 bits per channel, this one has {bits}; where it uses "
+        f"their whole range, this replaces it by one of 8 bits: {_repair(path)}"
+    )
+
+
+def _repair(path: Path | str) -> str:
+    name = repr(str(path))
+    return python_command(f"import cv2; cv2.imwrite({name}, cv2.imread({name}))")
 
 
 def decode_mask(path: Path | str, encoded: bytes) -> LabelMap | RawImage:
@@ -137,6 +154,14 @@ def decode_mask(path: Path | str, encoded: bytes) -> LabelMap | RawImage:
     must = "a mask must be an 8-bit PNG of one channel holding class ids, or of three holding the colors of the classes"
     if not encoded.startswith(b"\x89PNG"):
         raise DataError(f"{path}: {must}; this file is no PNG, whatever its name says")
+    header = headers.parse(encoded)
+    if header is not None and header.bits in (2, 4) and not header.has_palette:
+        factor = 255 // (
+            2**header.bits - 1
+        )  # by which OpenCV multiplies gray values; those of 1 bit are 0 and 255
+        name = repr(str(path))
+        fix = python_command(f"import cv2; cv2.imwrite({name}, cv2.imread({name}, -1) // {factor})")
+        raise DataError(f"{path}: {must}; this one has {header.bits} bits; this gives it 8: {fix}")
     if num_channels not in (1, 3) or mask.dtype != np.uint8:
         fix = _fix_of_mask(path, mask)
         raise DataError(
@@ -166,8 +191,10 @@ def check_sizes(
     if header is not None and header.is_turned_aside and mask.shape[:2] == image.shape[1::-1]:
         path, turn = str(files.mask), _TURNS[header.orientation]
         message += (
-            ": the mask was drawn on the image as it is stored; turn it likewise: python -c "
-            f'"import cv2; m = cv2.imread({path!r}, -1); cv2.imwrite({path!r}, {turn})"'
+            ": the mask was drawn on the image as it is stored; turn it likewise: "
+            + python_command(
+                f"import cv2; m = cv2.imread({path!r}, -1); cv2.imwrite({path!r}, {turn})"
+            )
         )
     raise DataError(message)
 
@@ -186,6 +213,12 @@ def to_labels(
     except ValueError as error:
         hint = _hint_of_colors(path, mask, header) if mask.ndim == 3 else ""
         raise DataError(f"{path}: {error}{hint}") from None
+
+
+def python_command(code: str) -> str:
+    """Code as a command for a shell, with the quotes that it needs."""
+    is_plain = not set(code) & set('"$`\\!')
+    return f'python -c "{code}"' if is_plain else f"python -c {shlex.quote(code)}"
 
 
 def _decode(path: Path | str, encoded: bytes, mode: int) -> np.ndarray:
@@ -213,23 +246,26 @@ def _fix_of_mask(path: Path | str, mask: np.ndarray) -> str:
         return f", of values up to {mask.max()}: number the classes within 0..254 and save 8 bits"
     channels = "" if mask.ndim == 2 else "[..., :3]"
     name = repr(str(path))
-    return (
-        f'; python -c "import cv2; m = cv2.imread({name}, -1); '
-        f"cv2.imwrite({name}, m{channels}.astype('uint8'))\" makes one of it"
+    command = python_command(
+        f"import cv2; m = cv2.imread({name}, -1); cv2.imwrite({name}, m{channels}.astype('uint8'))"
     )
+    return f"; {command} makes one of it"
 
 
 def _hint_of_colors(path: Path | str, mask: RawImage, header: headers.Header | None) -> str:
     """What a picture in foreign colors probably is."""
+    name = repr(str(path))
     if (mask == mask[..., :1]).all():
-        name = repr(str(path))
+        command = python_command(f"import cv2; cv2.imwrite({name}, cv2.imread({name})[..., 0])")
         return (
-            ". Its three channels are equal, so they may be the ids: python -c "
-            f'"import cv2; cv2.imwrite({name}, cv2.imread({name})[..., 0])" keeps one of them'
+            f". Its three channels are equal, so they may be the ids: {command} keeps one of them"
         )
     if header is not None and header.has_palette:
         return (
-            ". The file has a palette: where not its colors but its indexes are the ids, save those, e.g. with "
-            "Pillow: image = Image.open(FILE); Image.fromarray(numpy.array(image)).save(FILE)"
+            ". The file has a palette: where not its colors but its indexes are the ids, this saves those (pip install "
+            "pillow): "
+            + python_command(
+                f"import numpy; from PIL import Image; Image.fromarray(numpy.array(Image.open({name}))).save({name})"
+            )
         )
     return ""

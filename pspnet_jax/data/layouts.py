@@ -166,7 +166,7 @@ def _pairs_of_folders(root: str | None, layout: Layout, split: str, label_set: L
         expected = ", ".join(image_pattern + suffix for suffix in IMAGE_SUFFIXES)
         raise DataError(f"{image_folder} holds no {expected} files: zero images")
     faults = _faults_of_pairing(
-        images, masks, image_folder / image_pattern, mask_folder / mask_pattern
+        images, masks, (image_folder, image_pattern), (mask_folder, mask_pattern)
     )
     names = sorted(set(images) & set(masks))
     pairs = [Pair(name, images[name], masks[name]) for name in names]
@@ -213,7 +213,11 @@ def _files(
     folder: Path, pattern: str, suffixes: tuple[str, ...]
 ) -> tuple[dict[str, Path], list[str]]:
     """What the last * of the pattern stands for -> file, and a fault for each name of several files."""
-    files = [p for p in sorted(folder.glob(f"{pattern}.*")) if p.suffix.lower() in suffixes]
+    files = [
+        path
+        for path in sorted(folder.glob(f"{pattern}.*"))
+        if path.suffix.lower() in suffixes and not path.name.startswith(".")  # '._x.jpg' of macOS
+    ]
     names = [path.stem.removesuffix(pattern.rpartition("*")[2]) for path in files]
     first: dict[str, Path] = {}
     faults = []
@@ -227,24 +231,31 @@ def _files(
 
 
 def _faults_of_pairing(
-    images: dict[str, Path], masks: dict[str, Path], image_pattern: Path, mask_pattern: Path
+    images: dict[str, Path],
+    masks: dict[str, Path],
+    image_files: tuple[Path, str],
+    mask_files: tuple[Path, str],
 ) -> list[str]:
+    """What has no partner; the files of either kind are given by a folder and a pattern."""
     faults = []
     for have, lack, where, suffixes in (
-        (images, masks, mask_pattern, MASK_SUFFIXES),
-        (masks, images, image_pattern, IMAGE_SUFFIXES),
+        (images, masks, mask_files, MASK_SUFFIXES),
+        (masks, images, image_files, IMAGE_SUFFIXES),
     ):
         names = sorted(set(have) - set(lack))
         if names:
             shown = _shown([have[name].name for name in names])
-            other = _other_suffixes(where, suffixes)
-            faults.append(f"{shown} ({len(names)} of {len(have)}): no partner in {where}.*{other}")
+            other = _other_suffixes(*where, suffixes)
+            faults.append(
+                f"{shown} ({len(names)} of {len(have)}): no partner in {where[0] / where[1]}.*{other}"
+            )
     return ["images and masks do not pair up by name:\n  " + "\n  ".join(faults)] if faults else []
 
 
-def _other_suffixes(pattern: Path, suffixes: tuple[str, ...]) -> str:
+def _other_suffixes(folder: Path, pattern: str, suffixes: tuple[str, ...]) -> str:
     """What lies there instead, e.g. masks saved as JPEG."""
-    found = Counter(path.suffix for path in pattern.parent.glob(f"{pattern.name}.*"))
+    there = (path for path in folder.glob(f"{pattern}.*") if not path.name.startswith("."))
+    found = Counter(path.suffix for path in there)
     others = [f"{n} {s}" for s, n in found.most_common(3) if s.lower() not in suffixes]
     if not others:
         return ""

@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 
 from pspnet_jax.arrays import Batch, Example
-from pspnet_jax.catalog import LabelSet
+from pspnet_jax.catalog import LabelSet, load_label_set
 from pspnet_jax.data.folders import FolderSource
 from pspnet_jax.data.layouts import DataError, Pair
 from pspnet_jax.data.scenes import Scenes
@@ -54,7 +54,7 @@ def open_source(
         DataError: where files or classes are named that 'scenes' would not use, or files are missing.
     """
     if kind == "scenes":
-        if root is not None or label_set.name != "scenes":
+        if root is not None or label_set != load_label_set("scenes"):
             raise DataError(
                 f"data.source=scenes paints its own images with the labels 'scenes' and would not use "
                 f"data.root={root!r} and data.labels={label_set.name!r}; for files on disk say "

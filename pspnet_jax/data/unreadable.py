@@ -8,7 +8,6 @@
 import logging
 from collections.abc import Iterator
 
-import jax
 import numpy as np
 
 from pspnet_jax.arrays import IGNORE_LABEL, Batch, Example
@@ -45,8 +44,8 @@ def watched(batches: Iterator[Batch], source: Tolerant, *, share_max: float) -> 
     """The batches as they are; each blank example is named when it first comes.
 
     Args:
-        share_max: of the examples of the source, that may be blank; each of several processes, which sees its part
-            of them, takes its part.
+        share_max: of the examples of the source, that may be blank. Each of several processes counts those that it
+            meets; after a few epochs these are nearly all.
 
     Raises:
         DataError: where more are.
@@ -57,7 +56,7 @@ def watched(batches: Iterator[Batch], source: Tolerant, *, share_max: float) -> 
         for position in sorted(found - blank):
             log.warning("left out of training: %s", _reason(source, position))
         blank |= found
-        if len(blank) > share_max * len(source) / jax.process_count():
+        if len(blank) > share_max * len(source):
             raise DataError(
                 f"{len(blank)} of {len(source)} training images cannot be read, more than "
                 f"data.unreadable_share_max={share_max:g}; `pspnet check` lists all of them. The last: "

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from pspnet_jax.arrays import Features
 from pspnet_jax.models.convolution import Kernel, convolve
 from pspnet_jax.models.marks import once
-from pspnet_jax.resample import Pair, Platform
+from pspnet_jax.resample import Pair, Platform, is_static
 
 Vectors = Float[jax.Array, "batch _channels"]
 """One vector per image."""
@@ -380,6 +380,10 @@ _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 def average_pool(x: Features) -> Features:
     """2x2 mean at stride 2; an odd last row or column is left out, as PyTorch does."""
     batch, height, width, channels = x.shape
+    if is_static(height, width) and min(height, width) < 2:
+        raise ValueError(
+            f"the image is too small for this network: a map of {height}x{width} cannot be halved"
+        )
     even = x[:, : height // 2 * 2, : width // 2 * 2]
     cells = even.reshape(batch, height // 2, 2, width // 2, 2, channels)
     return cells.mean(axis=(2, 4), dtype=jnp.promote_types(x.dtype, jnp.float32)).astype(x.dtype)

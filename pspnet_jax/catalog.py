@@ -16,8 +16,10 @@
 
 import csv
 import difflib
+import hashlib
 import importlib.resources
 import itertools
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -58,6 +60,12 @@ class LabelSet:
     @property
     def num_classes(self) -> int:
         return len(self.names)
+
+    @property
+    def digest(self) -> str:
+        """Of what masks mean: values, colors, classes."""
+        meaning = [self.names, self.raw_ids, self.void_raw_ids, self.colors, self.void_colors]
+        return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:16]
 
     @property
     def table(self) -> UInt8[np.ndarray, "256"]:

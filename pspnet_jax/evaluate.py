@@ -7,6 +7,7 @@
 import base64
 import json
 import logging
+import os
 import time
 import zlib
 from collections import deque
@@ -24,6 +25,7 @@ from pspnet_jax import config as config_module
 from pspnet_jax import parallel
 from pspnet_jax.arrays import LabelMap, RawImage
 from pspnet_jax.catalog import LabelSet, load_label_set, shortened
+from pspnet_jax.data.layouts import DataError
 from pspnet_jax.data.pipeline import Source, evaluation_examples, open_source
 from pspnet_jax.metrics import Confusion, ImageScore, confusion_matrix, image_score
 from pspnet_jax.progress import Progress
@@ -76,7 +78,8 @@ def evaluate(
     if failure is not None:
         raise failure
     if part is None or said:
-        raise RuntimeError(f"another process stopped: {said[0]}")
+        kind = DataError if said[0].startswith(DataError.__name__) else RuntimeError
+        raise kind(f"another process stopped: {said[0]}")
     scored = sorted(ImageScore(*row) for row in _gather_rows(part.image_scores))
     assert [score.index for score in scored] == list(range(len(source))), (
         f"{len(scored)} images were evaluated, the split has {len(source)}"
@@ -225,7 +228,7 @@ def run(
 
     Args:
         checkpoint: folder of a run or of a converted model, a file, or a shipped name (see `load`).
-        config: where the data is; None: the run's own. Of its section `evaluate` only split,
+        config: where the data is; None: the run's own; without `data.labels` masks are read as in training. Of its section `evaluate` only split,
             batch_size and canvas_gib are used, the protocol is the checkpoint's or the arguments'.
         protocol: by name; None: the checkpoint's own.
         protocol_options: override the protocol's; None values do not.
@@ -258,7 +261,7 @@ def run(
         label_set=segmenter.label_set,
         dtype=dtype,
     )
-    folder, origin = Path(output) if output else usual, data_origin(config.data)
+    folder, origin = Path(output) if output else usual, data_origin(config.data, label_set)
     _check_folder(folder, segmenter, chosen, {"split": split, **origin})
     size = {name: config.evaluate[name] for name in ("batch_size", "canvas_gib")}
     evaluation = evaluate(segmenter, source, protocol=chosen, **size)
@@ -275,12 +278,12 @@ def _announce(evaluation: Evaluation, folder: Path) -> None:
     log.info("%s", "\n".join([summary(evaluation), *lines]))
 
 
-def data_origin(data: ConfigDict) -> dict[str, str]:
-    """Where the data of a config come from, as reports say it."""
-    options = {name: data[name] for name in ("source", "layout", "root")}
-    if data.source == "scenes":
-        options = {"source": data.source}
-    return {name: str(value) for name, value in options.items() if value is not None}
+def data_origin(data: ConfigDict, label_set: LabelSet) -> dict[str, str]:
+    """Where the data of a config come from and how their masks are read, as reports say it."""
+    options = {"labels": label_set.name, "labels_digest": label_set.digest, "source": data.source}
+    if data.source != "scenes":
+        options |= {"layout": data.layout, "root": os.path.abspath(data.root)}
+    return options
 
 
 def _check_folder(
@@ -295,11 +298,13 @@ def _check_folder(
         "checkpoint": {"digest": segmenter.provenance.digest},
         "network": {"dtype": segmenter.description.model.dtype},
         "protocol": json.loads(json.dumps(protocol.to_json())),
-        "data": {"labels": segmenter.label_set.name, **data},
+        "data": data,
     }
     for part, values in here.items():
         for name, value in values.items():
             old = there.get(part, {}).get(name, value)  # older reports say less
+            if name == "root":  # and that as it was typed
+                old = os.path.abspath(old)
             if old != value:
                 raise FileExistsError(
                     f"{path} is the report of another evaluation: its {part}'s {name} is {old}, here it "
@@ -312,7 +317,8 @@ def _find_data(
 ) -> tuple[ConfigDict, LabelSet]:
     """The config whose data is evaluated on, and how its masks are read."""
     if config is not None:
-        label_set = load_label_set(config.data.labels)
+        labels = config.data.labels
+        label_set = stored_set if labels is None else load_label_set(labels)
     else:
         label_set, run_config = stored_set, Path(checkpoint) / "config.json"
         if run_config.is_file():

@@ -22,7 +22,17 @@ from typing import NoReturn
 from absl import flags
 
 from pspnet_jax.config import option_names
-from pspnet_jax.verbs import MISSING_CONFIG, USED_OPTIONS, VERBS, Verb, overview, value, verb_help
+from pspnet_jax.verbs import (
+    MISSING_CONFIG,
+    OPTION,
+    USED_OPTIONS,
+    VERBS,
+    Verb,
+    overview,
+    value,
+    verb_help,
+    word_of,
+)
 from pspnet_jax.version import __version__
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -45,13 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     named = bool(argv) and not argv[0].startswith("-")
     name, rest = (argv[0], argv[1:]) if named else ("train", argv)
+    rest = _last_of_each(list(map(_expanded, rest)))
     if name not in VERBS:
         return _fail(2, f"unknown verb '{name}'{_nearest(name, list(VERBS))}\n\n{overview()}")
     verb = VERBS[name]
     if "--help" in rest:
         print(verb_help(name))
         return 0
-    file = _config_file(rest)
+    file = word_of(rest, "config")
     if file is not None and not Path(file).is_file():
         return _fail(2, f"--config={file}: there is no such file")
     values = flags.FlagValues()
@@ -68,19 +79,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _run(verb, values, words)
 
 
+def _expanded(word: str) -> str:
+    """--workdir=~/runs: shells leave a ~ behind = as it is."""
+    name, equals, value = word.partition("=")
+    is_path = name.startswith("-") and value.startswith("~")
+    return f"{name}={os.path.expanduser(value)}" if equals and is_path else word
+
+
+def _last_of_each(argv: list[str]) -> list[str]:
+    """Without options of the config that are given again further on: of tuples ConfigDict would join all."""
+    seen: set[str] = set()
+    kept: list[str] = []
+    for i in reversed(range(len(argv))):
+        match = OPTION.match(argv[i])
+        if match and match[1] in seen:
+            if "=" not in argv[i] and i + 1 < len(argv) and not argv[i + 1].startswith("-"):
+                kept.pop()  # its value, the next word
+            continue
+        if match:
+            seen.add(match[1])
+        kept.append(argv[i])
+    return kept[::-1]
+
+
 def _refuse_unused_options(verb: str, argv: list[str]) -> None:
     """Some verbs take only the data from a config; the rest of it must not be changed in vain."""
-    used = USED_OPTIONS.get(verb, ("--config.",))
-    unused = [
-        word.split("=")[0]
-        for word in argv
-        if word.startswith("--config.") and not word.startswith(used)
-    ]
-    if not unused:
+    used = USED_OPTIONS.get(verb)
+    named = [f"--config.{match[1]}" for match in map(OPTION.match, argv) if match]
+    unused = [name for name in named if used and not name.startswith(used)]
+    if not used or not unused:
         return
     takes = ", ".join(
-        option.removeprefix("--config.").replace("=", "").replace("data.", "data.*")
-        for option in used
+        option.removeprefix("--config.").replace("data.", "data.*") for option in used
     )
     own = "; the protocol has flags of its own (--protocol, --scales, --noflip, ...)"
     raise flags.Error(
@@ -130,7 +160,7 @@ def _reason(error: BaseException, verb: Verb) -> tuple[int | None, str]:
             message = f"another process ended or cannot be reached, see its log: {error}"
             return _PEER_LOST, f"{message}; {verb.after_interrupt}"
         case KeyboardInterrupt():
-            return 130, f"interrupted; {verb.after_interrupt}"
+            return 130, f"interrupted; {str(error) or verb.after_interrupt}"
         case Terminated():
             message = f"told to end by SIGTERM {error}".rstrip()
             return _TERMINATED, f"{message}; {verb.after_interrupt}"
@@ -148,22 +178,11 @@ def _explain(error: Exception, argv: list[str]) -> str:
     # ConfigDict raises an AttributeError around a KeyError, whose text is a quotation of the sentence.
     inner = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
     text = str(inner.args[0]) if isinstance(inner, KeyError) and inner.args else str(inner)
-    if any(a.startswith("--config.") for a in argv) and _config_file(argv) is None:
-        return MISSING_CONFIG
-    for name in re.findall(r"--config\.([\w.]+)", " ".join(argv)):
+    for name in re.findall(r"--?config\.([\w.]+)", " ".join(argv)):
         if name not in option_names():
             return f"unknown option --config.{name}{_nearest(name, option_names())}"
-    return text
-
-
-def _config_file(argv: list[str]) -> str | None:
-    """What stands behind --config, as one word or two."""
-    for i, word in enumerate(argv):
-        if word.startswith("--config="):
-            return word.removeprefix("--config=")
-        if word == "--config" and i + 1 < len(argv):
-            return argv[i + 1]
-    return None
+    is_missing = any(map(OPTION.match, argv)) and word_of(argv, "config") is None
+    return MISSING_CONFIG if is_missing and isinstance(error, flags.UnrecognizedFlagError) else text
 
 
 def _nearest(name: str, known: list[str]) -> str:

@@ -53,6 +53,7 @@ def run(config: ConfigDict, *, output: str) -> Path:
             label_set=label_set,
             on_record=progress.update,
         )
+    log.info("files are stored as they are, not looked into: pspnet check reads all of them")
     log.info(
         "read it with the same layout, labels and splits and --config.data.source=prepared "
         "--config.data.root=%s",

@@ -30,6 +30,11 @@ def network_words(network: Mapping[str, Any]) -> str:
     )
 
 
+def checkpoint_words(checkpoint: Mapping[str, Any]) -> str:
+    """Where its weights come from, from the report."""
+    return f"step {checkpoint['step']} of {checkpoint['path']} (digest {checkpoint['digest'][:12]})"
+
+
 def percent(value: float | None) -> str:
     """A share as per cent; '-' where there is none."""
     return "-" if value is None else f"{100 * value:.2f}"
@@ -43,7 +48,7 @@ def markdown(contents: Mapping[str, Any]) -> str:
         "",
         f"Protocol: {protocol_words(contents['protocol'])}",
         "",
-        f"Network: {network_words(contents['network'])}",
+        f"Network: {network_words(contents['network'])}; {checkpoint_words(contents['checkpoint'])}",
         "",
         "With pictures: [report.html](report.html), [overview](panels/overview.png), [panels](panels)",
         "",

@@ -176,12 +176,20 @@ class Run:
             segmenter.provenance,
             self.validation,
             split=self.config.evaluate.split,
-            origin=evaluate.data_origin(self.config.data),
+            origin=evaluate.data_origin(self.config.data, self.description.label_set),
         )
         message = f"{summary(result)}\nreport: {folder / FILES['report']}"
         progress.log_evaluation(step, result.scalars, message, seconds=result.seconds)
         _, _, evaluation = folder.name.partition("-")  # without the step
         self.checkpoints.set_score(step, result.scores.mean_iou, evaluation=evaluation)
+
+    def what_is_saved(self) -> str:
+        """For whoever interrupted the run."""
+        steps = self.checkpoints.steps()
+        if steps:
+            return f"the same command goes on from step {steps[-1]}"
+        every = self.config.train.checkpoint_every_steps
+        return f"nothing is saved yet (train.checkpoint_every_steps={every}): the same command starts anew"
 
     def save(self, step: int, state: TrainState) -> None:
         """Start writing a checkpoint.

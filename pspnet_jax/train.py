@@ -1,5 +1,6 @@
 """Training: takes a run to its last step, or to the step after which it is told to end."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -9,9 +10,12 @@ from ml_collections import ConfigDict
 
 from pspnet_jax import folder_lock, parallel
 from pspnet_jax.compose import compose
+from pspnet_jax.data.layouts import DataError
 from pspnet_jax.run import Run
 from pspnet_jax.termination import Terminated, Termination
 from pspnet_jax.train_step import TrainState
+
+log = logging.getLogger("pspnet_jax")
 
 
 def train(config: ConfigDict, workdir: Path) -> Path:
@@ -26,7 +30,8 @@ def train(config: ConfigDict, workdir: Path) -> Path:
 
     Raises:
         ValueError: for a fault in the config or the data, a folder that holds another network or that
-            another process writes to.
+            another process writes to. Validation images that cannot be read only stop the last evaluation.
+        KeyboardInterrupt: with what is saved.
         Terminated: where SIGTERM told the process to end; what was learned is saved.
     """
     with Termination() as termination, ExitStack() as until_the_end:
@@ -40,7 +45,10 @@ def train(config: ConfigDict, workdir: Path) -> Path:
             state = run.resume_or_start()
             run.write_config()
             run.announce(first_step=int(state.step))
-        _take_steps(run, state, termination)
+        try:
+            _take_steps(run, state, termination)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(run.what_is_saved()) from None
     return run.evaluation_folder(run.config.train.num_steps)
 
 
@@ -73,8 +81,13 @@ def _take_steps(run: Run, state: TrainState, termination: Termination) -> None:
     ):
 
         def evaluate(step: int) -> None:
-            with termination.raised():
-                run.evaluate(step, state, progress, heard=watchdog.hear)
+            try:
+                with termination.raised():
+                    run.evaluate(step, state, progress, heard=watchdog.hear)
+            except DataError as error:
+                if step == num_steps:
+                    raise
+                log.error("step %d is not evaluated, training goes on: %s", step, error)
 
         if lacks_evaluation:
             evaluate(first_step)

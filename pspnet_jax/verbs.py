@@ -4,6 +4,7 @@
   of its name, which is imported when it runs.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,20 +12,23 @@ from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
+from ml_collections.config_dict import placeholder
 
-from pspnet_jax.config import option_names
+from pspnet_jax.config import from_json, option_names
 
 # Of a config, where a verb does not use all of it. `check` takes any option, so that the command of a
 # training can be checked as it stands.
 USED_OPTIONS = {
     "evaluate": (
         "--config.data.",
-        "--config.evaluate.split=",
-        "--config.evaluate.batch_size=",
-        "--config.evaluate.canvas_gib=",
+        "--config.evaluate.split",
+        "--config.evaluate.batch_size",
+        "--config.evaluate.canvas_gib",
     ),
-    "prepare": ("--config.data.", "--config.evaluate.split="),
+    "prepare": ("--config.data.", "--config.evaluate.split"),
 }
+OPTION = re.compile(r"--?(?:no)?config\.([\w.]+)")
+"""Of a config, as absl takes it: with one dash or two, the value behind '=' or in the next word."""
 MISSING_CONFIG = "--config=FILE is missing, e.g. --config=configs/scenes.py"
 
 
@@ -48,7 +52,7 @@ def _run_train(values: flags.FlagValues, words: list[str]) -> None:
 
 def _define_evaluate(values: flags.FlagValues, argv: list[str]) -> None:
     _define_checkpoint(values)
-    _define_config(values, argv)
+    _define_config_or_runs_own(values, argv)
     flags.DEFINE_string(
         "split", None, "Split of the data (default: the config's).", flag_values=values
     )
@@ -343,7 +347,7 @@ def verb_help(name: str) -> str:
         taken = "--config.data.* and --config.evaluate.split"
         lines += ["", f"options of the config: those of a training, of which it looks at {taken}"]
     elif name in USED_OPTIONS:
-        used = ", ".join(f"{option}*" for option in USED_OPTIONS[name])
+        used = ", ".join(f"{x}*" if x.endswith(".") else x for x in USED_OPTIONS[name])
         lines += ["", f"options of the config: {used}"]
     elif "config" in values:
         lines += ["", "options (--config.NAME=VALUE; explained in pspnet_jax/config.py):"]
@@ -355,6 +359,33 @@ def _define_config(values: flags.FlagValues, argv: list[str]) -> None:
     config_flags.DEFINE_config_file(
         "config", None, "Config file, e.g. configs/scenes.py.", flag_values=values, sys_argv=argv
     )
+
+
+def _define_config_or_runs_own(values: flags.FlagValues, argv: list[str]) -> None:
+    """Without --config its options change the config of the checkpoint's run, but for how masks are read, which the
+    checkpoint itself says."""
+    path = Path(word_of(argv, "checkpoint") or "") / "config.json"
+    is_changed = any(map(OPTION.match, argv)) and word_of(argv, "config") is None
+    if not is_changed or not path.is_file():
+        _define_config(values, argv)
+        return
+    try:
+        config = from_json(path.read_text())
+    except ValueError as error:
+        raise flags.Error(f"{path}: {error}") from None
+    with config.ignore_type():
+        config.data.labels = placeholder(str)
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+
+
+def word_of(argv: list[str], flag: str) -> str | None:
+    """What stands behind a flag, as one word or two."""
+    for i, word in enumerate(argv):
+        if word.startswith(f"--{flag}="):
+            return word.removeprefix(f"--{flag}=")
+        if word == f"--{flag}" and i + 1 < len(argv):
+            return argv[i + 1]
+    return None
 
 
 def _define_distributed(values: flags.FlagValues) -> None:
@@ -458,9 +489,9 @@ def value(values: flags.FlagValues, name: str) -> Any:
 
 
 def _config(values: flags.FlagValues) -> Any:
-    """What --config and its options give, or None; shells leave a ~ behind = as it is."""
+    """What --config and its options give, or None."""
     config = value(values, "config")
-    if config is not None and config.data.root is not None:
+    if config is not None and config.data.root is not None:  # as a config file may write it
         config.data.root = str(Path(config.data.root).expanduser())
     return config
 

@@ -475,7 +475,9 @@ def test_evaluated_in_half_precision(tmp_path):
     for name in names:
         words = found["bfloat16" if "bfloat16" in name else None]["network"]["dtype"]
         text = (tmp_path / "run/evaluation" / name / "report.md").read_text()
-        assert f"Network: semseg resnet10 of width 8, computed in {words}\n" in text
+        assert (
+            f"Network: semseg resnet10 of width 8, computed in {words}; step 3 of {run} (" in text
+        )
         assert (
             f"width 8, computed in {words}<"
             in (tmp_path / "run/evaluation" / name / "report.html").read_text()

@@ -187,11 +187,10 @@ def test_image_of_16_bits_is_refused_and_the_command_repairs_it(tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / "deep.png"), image)
 
 
-@pytest.mark.parametrize("suffix", [".tiff", ".ppm", ".pgm"])
+@pytest.mark.parametrize("suffix", [".tiff", ".ppm"])
 def test_other_files_of_16_bits_are_refused_too(tmp_path, suffix):
     path = tmp_path / f"it's{suffix}"  # a name that needs quotes in a shell
-    shape = (4, 6) if suffix == ".pgm" else (4, 6, 3)
-    assert cv2.imwrite(str(path), np.full(shape, 77 * 257, np.uint16))
+    assert cv2.imwrite(str(path), np.full((4, 6, 3), 77 * 257, np.uint16))
     with pytest.raises(DataError, match="8 bits per channel, this one has 16") as caught:
         read_image(path)
     repair(caught.value)

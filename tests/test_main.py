@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import pspnet_jax
+from pspnet_jax.catalog import load_label_set
 from pspnet_jax.main import main
 
 from pictures import example, write_image
@@ -73,6 +74,7 @@ def test_evaluate_takes_options(run, data, tmp_path, capsys):
         assert line.format(tmp_path) in printed
     report = json.loads((tmp_path / "report.json").read_text())
     where = {"source": "folder", "layout": "camvid", "root": str(data)}
+    where["labels_digest"] = load_label_set("camvid").digest
     assert report["data"] == {"labels": "camvid", "split": "train", "num_images": 5, **where}
     assert report["protocol"]["flip"] is False
 
@@ -92,6 +94,38 @@ def test_a_report_is_not_replaced_by_that_of_another_evaluation(run, data, tmp_p
         assert main([*argv, *changed]) == 1
         assert said in capsys.readouterr().err
     assert (tmp_path / "out" / "report.json").read_text() == before
+
+
+def test_masks_that_are_read_otherwise_are_another_evaluation(data, tmp_path, capsys):
+    """Also by a label set of the same name; and a folder is the same, however it is written."""
+    camvid = load_label_set("camvid")
+
+    def write_labels(order):
+        rows = [f"{i},{camvid.names[i]},{i},0,0,{raw}" for i, raw in enumerate(order)]
+        text = "\n".join(["id,name,red,green,blue,raw_ids", *rows, "255,void,,,,11"])
+        (tmp_path / "mine.csv").write_text(text)
+
+    write_labels(range(11))
+    labels = f"--config.data.labels={tmp_path / 'mine.csv'}"
+    workdir = tmp_path / "run"
+    train = [f"--config={CONFIG}", f"--workdir={workdir}", f"--config.data.root={data}", labels]
+    assert main([*train, "--config.train.num_steps=1"]) == 0
+    argv = ["evaluate", f"--checkpoint={workdir}", f"--config={CONFIG}", labels]
+    assert main([*argv, f"--config.data.root={data}/../{data.name}"]) == 0
+    write_labels([1, 0, *range(2, 11)])
+    assert "its data's labels_digest is" in fails(
+        capsys, [*argv, f"--config.data.root={data}"], code=1
+    )
+    (tmp_path / "mine.csv").unlink()
+    # Without --config options change the config of the run, whose checkpoint knows its label set.
+    elsewhere = shutil.copytree(data, tmp_path / "elsewhere")
+    argv = ["evaluate", f"--checkpoint={workdir}", f"--config.data.root={elsewhere}"]
+    assert main([*argv, f"--output={tmp_path / 'out'}"]) == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["data"]["root"] == str(elsewhere)
+    assert "did you mean 'data.root'?" in fails(capsys, [*argv, "--config.data.rot=x"], code=2)
+    (workdir / "config.json").write_text("{")
+    assert "config.json: Expecting property name" in fails(capsys, argv, code=2)
 
 
 def test_an_empty_output_is_missing(run, capsys):
@@ -215,9 +249,28 @@ def test_version(capsys):
 
 def test_home_is_expanded_behind_an_equals_sign(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    argv = ["check", f"--config={CONFIG}", "--config.data.root=~/photos"]
-    assert main(argv) == 1
+    argv = [f"--config={CONFIG}", "--config.data.root=~/photos"]
+    assert main(["check", *argv]) == 1
     assert str(tmp_path / "photos") in "".join(capsys.readouterr())
+    assert str(tmp_path / "run") in fails(capsys, ["evaluate", *argv, "--checkpoint=~/run"], code=1)
+
+
+def test_of_an_option_that_is_given_twice_the_last_one_counts(capsys, tmp_path):
+    argv = ["check", f"--config={CONFIG}", f"--config.data.root={tmp_path}"]
+    argv += ["--config.model.pyramid_bins=1,2", "--config.data.crop_size", "1,1,1"]
+    argv += ["--config.data.crop_size=33,33", "--config.model.pyramid_bins=0,6"]
+    text = fails(capsys, argv, code=1)
+    assert "model.pyramid_bins=(0, 6) must be" in text
+    assert "crop_size" not in text
+
+
+def test_options_of_the_config_as_two_words_or_with_one_dash(capsys, run, data):
+    argv = ["evaluate", f"--checkpoint={run}", f"--config={CONFIG}", f"--config.data.root={data}"]
+    assert main([*argv, "--config.evaluate.split", "val"]) == 0
+    text = fails(capsys, [*argv, "-config.train.num_steps=77"], code=2)
+    assert (
+        "evaluate does not use --config.train.num_steps: of a config it takes data.*, eval" in text
+    )
 
 
 def test_evaluating_on_another_label_set_is_refused(capsys, tmp_path, run):

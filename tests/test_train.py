@@ -1,9 +1,12 @@
 """A run as a whole: files, resuming bit for bit, and faults that lose nothing."""
 
+import dataclasses
 import json
 import re
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,13 +17,17 @@ from pspnet_jax.catalog import load_label_set
 from pspnet_jax.checkpoint import CheckpointFolder, CorruptCheckpointError
 from pspnet_jax.compose import compose
 from pspnet_jax.config import default_config, from_json, scale_to_batch, to_json, validate
+from pspnet_jax.data.layouts import DataError
 from pspnet_jax.skipped_steps import NotFiniteError
 from pspnet_jax.train import train
 
+from pictures import write_split
 from tiny_config import get_config
 from training import rows
 
 BUDGET_SECONDS = 300
+
+CAMVID = load_label_set("camvid")
 
 
 def tiny(data, **overrides):
@@ -230,7 +237,7 @@ def test_an_interrupt_while_evaluating_loses_no_step(data, tmp_path, monkeypatch
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run_module.evaluate, "evaluate", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="the same command goes on from step 1"):
         train(tiny(data, train__num_steps=1), tmp_path)
     folder = CheckpointFolder(tmp_path / "checkpoints")
     assert folder.steps() == [1]
@@ -244,7 +251,7 @@ def test_an_interrupt_while_evaluating_loses_no_step(data, tmp_path, monkeypatch
 
 
 def test_an_end_between_report_and_score_leaves_no_row_twice(finished, data, tmp_path, monkeypatch):
-    def ended(*_):
+    def ended(*_, **__):
         raise KilledError
 
     with monkeypatch.context() as patch:
@@ -292,6 +299,56 @@ def test_another_network_in_the_folder_is_refused_and_nothing_is_lost(finished, 
         train(tiny(data, model__first_block_dilation=(1, 1)), finished)
     assert ((finished / "config.json").read_text(), rows(finished)) == before
     assert digests(finished, 6)
+
+
+def test_another_optimizer_is_refused(finished, data):
+    with pytest.raises(ValueError, match=r"of another optimizer than optimizer\.name=adam: choose"):
+        train(tiny(data, optimizer__name="adam"), finished)
+
+
+def test_a_changed_label_set_is_said(data, tmp_path):
+    names = CAMVID.names
+
+    def labels(color, names=names, void="11"):
+        rows = [f"{i},{name},{color},{i},0,{i}" for i, name in enumerate(names)]
+        text = "\n".join(["id,name,red,green,blue,raw_ids", *rows, f"255,void,,,,{void}"])
+        (tmp_path / "mine.csv").write_text(text)
+        return tiny(data, data__labels=str(tmp_path / "mine.csv"), train__num_steps=1)
+
+    train(labels(1), tmp_path / "run")
+    train(labels(2, void="11 77"), tmp_path / "run")
+    said = (tmp_path / "run/log.txt").read_text()
+    assert "a changed label set: color of 0: (1, 0, 0) -> (2, 0, 0), color of 1:" in said
+    with pytest.raises(ValueError, match=r"with 11 here: name of 0: sky -> heaven, color of 0"):
+        train(labels(2, names=("heaven", *names[1:])), tmp_path / "run")
+
+
+def test_statistics_that_are_not_finite_are_not_saved(finished, data, tmp_path):
+    run = compose(tiny(data), tmp_path / "run")
+    state = run.initial_state(np.random.default_rng(0))
+    statistics = jax.tree.map(jnp.asarray, state.batch_stats)
+    norm = statistics["backbone"]["layer1_0"]["norm1"]
+    norm["variance"] = norm["variance"].at[2].set(jnp.inf)
+    with pytest.raises(ValueError, match=r"after step 4 1 batch statistics .*layer1_0\.norm1\.var"):
+        run.save(4, dataclasses.replace(state, batch_stats=statistics))
+    assert run.checkpoints.steps() == []
+
+
+def test_a_validation_mask_that_cannot_be_read_stops_only_the_last_evaluation(tmp_path):
+    for split, count in (("train", 5), ("val", 60)):
+        write_split(tmp_path, split, count)
+    data = sorted((tmp_path / "annotations/val").iterdir())
+    drawn = np.random.default_rng(0).permutation(60)[:9]
+    unseen = next(i for i in range(3, 60) if i not in drawn)  # by the look before the first step
+    good = data[unseen].read_bytes()
+    data[unseen].write_bytes(b"")
+    config = tiny(tmp_path)
+    with pytest.raises(DataError, match=f"{data[unseen].name}: the file is empty"):
+        train(config, tmp_path / "run")
+    assert "step 4 is not evaluated, training goes on" in (tmp_path / "run/log.txt").read_text()
+    assert CheckpointFolder(tmp_path / "run/checkpoints").latest_step() == 6
+    data[unseen].write_bytes(good)
+    assert (train(config, tmp_path / "run") / "report.json").is_file()
 
 
 def test_changed_options_are_said(finished, data, tmp_path):

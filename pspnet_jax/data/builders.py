@@ -29,7 +29,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from pspnet_jax.arrays import Example
-from pspnet_jax.catalog import LabelSet
+from pspnet_jax.catalog import LabelSet, built_in_names
 from pspnet_jax.data.folders import FolderSource, decode_example
 from pspnet_jax.data.layouts import DataError, Pair
 
@@ -326,9 +326,11 @@ def _check_reads(
     asked = {"layout": layout, "labels": label_set.name}
     for name, value in asked.items():
         if contents[name] != value:
+            known = name == "layout" or contents[name] in built_in_names()
+            right = contents[name] if known else f"PATH/{contents[name]}.csv"
             raise DataError(
                 f"data.{name}={value}, but {folder} was prepared with data.{name}={contents[name]}: "
-                f"say --config.data.{name}={contents[name]}, or prepare again into another folder"
+                f"say --config.data.{name}={right}, or prepare again into another folder"
             )
     if split not in contents["splits"]:
         prepared = ", ".join(f"'{s}' ({v['num_examples']})" for s, v in contents["splits"].items())

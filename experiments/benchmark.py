@@ -12,7 +12,7 @@ that long by itself). --semseg adds the authors' own module (github.com/hszhao/s
   --data: images a second of the input pipeline at the crop of the training step.
 * Columns: PyTorch eager (NCHW and channels-last) and compiled, here and by the authors' module; ours
   with the operations of the device, and plain. float32 on a CPU, bfloat16 on a GPU (autocast in
-  PyTorch, whose logits stay bfloat16; ours are float32).
+  PyTorch; logits of both sides are bfloat16, too).
 * Every column is a process of its own. All are prepared; then each is measured once in every round, after a call
   that is not timed (its memory and caches are cold after the turns of the others).
   Ratios are those of one round; their median, lowest and highest are told. The machine must be idle:

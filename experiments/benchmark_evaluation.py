@@ -68,9 +68,11 @@ def main() -> None:
     log_to(None)
     output = Path(arguments.output).absolute()
     num_images = write_photographs(output / "data", arguments.images)
-    weights = write_weights(output / "weights.pth", arguments.images)
-    if not (output / "model").exists():
-        convert.run([str(weights)], output=str(output / "model"), family="semseg", labels="ade20k")
+    weights = output / "weights.pth"
+    write_weights(weights, arguments.images)
+    for folder in ("model", "ours"):  # of other photographs
+        shutil.rmtree(output / folder, ignore_errors=True)
+    convert.run([str(weights)], output=str(output / "model"), family="semseg", labels="ade20k")
     found = {
         "theirs": run_theirs(arguments, output, weights),
         "ours": run_ours(arguments, output),
@@ -110,10 +112,8 @@ def write_photographs(root: Path, images: list[str]) -> int:
     return len(images)
 
 
-def write_weights(path: Path, images: list[str]) -> Path:
+def write_weights(path: Path, images: list[str]) -> None:
     """A file as the authors' training writes it: random, with the statistics of the photographs."""
-    if path.exists():
-        return path
     torch.manual_seed(0)
     network = PSPNet("resnet50", 150, dropout_rate=0.0)
     crops = [cv2.resize(read_image(Path(image)), (473, 473)) for image in images]
@@ -135,7 +135,6 @@ def write_weights(path: Path, images: list[str]) -> Path:
     state = {f"module.{name}": value for name, value in network.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"epoch": 100, "state_dict": state}, path)
-    return path
 
 
 def run_theirs(arguments: argparse.Namespace, output: Path, weights: Path) -> dict:
@@ -174,10 +173,14 @@ def run_ours(arguments: argparse.Namespace, output: Path) -> dict:
         f"--scales={arguments.scales}",
         f"--output={output / 'ours'}",
     ]
-    seconds, _ = timed(command, output / "ours.log", cwd=root)
+    cache = output / "cache"  # of compiled programs: empty, as at the first evaluation of a network
+    shutil.rmtree(cache, ignore_errors=True)
+    seconds, _ = timed(command, output / "ours.log", cwd=root, XDG_CACHE_HOME=str(cache))
+    again, _ = timed(command, output / "ours.log", cwd=root, XDG_CACHE_HOME=str(cache))
     report = json.loads((output / "ours" / "report.json").read_text())
     return {
         "seconds": seconds,
+        "seconds_with_compiled_programs": again,
         "seconds_without_start": report["seconds"],
         **{name: report[name] for name in ("mean_iou", "pixel_accuracy")},
     }

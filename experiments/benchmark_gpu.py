@@ -4,8 +4,8 @@
 
 where jax, flax, optax, torch and this package (PYTHONPATH=.) are importable. What is measured, and how,
 is that of `benchmark.py`: a process for each column, columns taking turns. Here all of them are prepared together,
-XLA's one after another, because it chooses kernels by timing them; compile seconds are those of a
-busy machine. Then, in this order, as far as the minutes reach:
+but kernels and algorithms are chosen, by XLA and cuDNN, one process after another, because that is done by timing
+them; compile seconds are those of a busy machine. Then, in this order, as far as the minutes reach:
 
 * the training step of PSPNet-50 and PSPNet-101, 16 crops of 473, and the forward pass of PSPNet-50
   for 1 and 32 images: ours, and PyTorch compiled (channels-last, bfloat16 autocast);
@@ -35,7 +35,7 @@ COMPILED, EAGER = "PyTorch, compiled", "PyTorch, eager channels-last"
 XLA_FLAGS = {FUSION: "--xla_gpu_experimental_enable_conv_fusion=true"}
 MEASURING_SHARE = 0.35  # of the minutes, kept back when programs are compiled
 THREADS_OF_PYTORCH = 6  # that compile, of each process
-DEVICE_SHARE_OF_PYTORCH = 0.3  # of memory, for each process; cuDNN's trials would take more
+DEVICE_GIB_OF_PYTORCH = 42  # for each process; cuDNN's trials would take more
 
 
 def groups(backbones: tuple[str, ...], **shape) -> dict[str, dict[str, Task]]:
@@ -101,7 +101,7 @@ class Run:
         """A process that keeps what is compiled in a folder of all of ours."""
         environment = {
             "TORCHINDUCTOR_COMPILE_THREADS": str(THREADS_OF_PYTORCH),
-            "BENCHMARK_DEVICE_SHARE": str(DEVICE_SHARE_OF_PYTORCH),
+            "BENCHMARK_DEVICE_GIB": str(DEVICE_GIB_OF_PYTORCH),
         }
         if task.module == "benchmark_jax":
             cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(self.output / "cache" / "jax"))

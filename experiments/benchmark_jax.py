@@ -1,21 +1,27 @@
 """Our side of `benchmark.py`: the network of its device and the plain one, compiled for one shape."""
 
-import contextlib
 import dataclasses
-import fcntl
 import functools
 import importlib.metadata
-import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import benchmark_counts
 import jax
 import jax.numpy as jnp
 import numpy as np
-from benchmark_worker import SCALES, WIDE, Prepared, Task, best_rate, random_batch, random_image
+from benchmark_worker import (
+    SCALES,
+    WIDE,
+    Prepared,
+    Task,
+    best_rate,
+    its_turn,
+    random_batch,
+    random_image,
+)
 
 from pspnet_jax import parallel, passes, programs, protocols
 from pspnet_jax.arrays import Batch
@@ -194,17 +200,6 @@ def profile(task: Task) -> Prepared:
             prepared.wait(result)
         found = kernel_times.read(Path(folder), num_calls=num_calls)
     return _nothing_to_run({"profile": found} | prepared.facts())
-
-
-@contextlib.contextmanager
-def its_turn() -> Iterator[None]:
-    """Of one process at a time where BENCHMARK_TURNS names a file: XLA chooses kernels by timing them."""
-    if not os.environ.get("BENCHMARK_TURNS"):
-        yield
-        return
-    with Path(os.environ["BENCHMARK_TURNS"]).open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
-        yield
 
 
 def lower_and_compile(function: Callable, *arguments: object) -> Callable:

@@ -6,6 +6,8 @@
   runs of several columns can take turns on a machine whose speed drifts.
 """
 
+import contextlib
+import fcntl
 import importlib
 import json
 import os
@@ -14,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -97,6 +99,17 @@ def random_image(task: Task) -> np.ndarray:
     """u8[height, width, 3] of an evaluation."""
     rng = np.random.default_rng(0)
     return rng.integers(0, 256, (*task.image_size, 3), dtype=np.uint8)
+
+
+@contextlib.contextmanager
+def its_turn() -> Iterator[None]:
+    """Of one process at a time where BENCHMARK_TURNS names a file: XLA and cuDNN choose kernels by timing them."""
+    if not os.environ.get("BENCHMARK_TURNS"):
+        yield
+        return
+    with Path(os.environ["BENCHMARK_TURNS"]).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+        yield
 
 
 def best_rate(call: Callable[[], object], wait: Callable, flops: float) -> float:

@@ -272,6 +272,7 @@ def measure_dilated_torch(sizes: Sizes) -> None:
     """Rows of part 1 by PyTorch: what cuDNN itself takes."""
     import torch
 
+    torch.backends.cudnn.benchmark = True
     device = _torch_device()
     for channels, dilation in sizes.dilated:
         shape = (sizes.batch, channels, sizes.side, sizes.side)

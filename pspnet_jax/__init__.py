@@ -1,7 +1,8 @@
 """Scene parsing with the Pyramid Scene Parsing Network in JAX and Flax.
 
     segmenter = pspnet_jax.load("runs/scenes")
-    class_map = segmenter.class_map(image)  # uint8 RGB [height, width, 3] -> train ids
+    image = pspnet_jax.read_image("photo.jpg")  # uint8 RGB [height, width, 3]
+    class_map = segmenter.class_map(image)  # train ids
 
 The names below are imported when they are first used; importing the package is cheap.
 """
@@ -10,8 +11,13 @@ import importlib
 
 from pspnet_jax.version import __version__ as __version__
 
-_HOMES = {"load": "segmenter", "Segmenter": "segmenter", "PSPNet": "models.pspnet"}
-__all__ = ["PSPNet", "Segmenter", "load"]
+_HOMES = {
+    "load": "segmenter",
+    "read_image": "data.folders",
+    "Segmenter": "segmenter",
+    "PSPNet": "models.pspnet",
+}
+__all__ = ["PSPNet", "Segmenter", "load", "read_image"]
 
 
 def __getattr__(name: str) -> object:

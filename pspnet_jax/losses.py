@@ -44,7 +44,8 @@ class LossOptions:
     """What is added up, and how each pixel counts.
 
     Args:
-        aux_weight: of the pixelwise auxiliary head (0.4 in the paper, section 3.3); 0 leaves it out.
+        aux_weight: of the pixelwise auxiliary head (0.4 in the paper, section 3.3); 0 leaves its loss out, and
+            `model.aux_heads=()` the head.
         presence_weight: of the presence of classes (1 in the variant with image-level supervision); 0 leaves
             it out.
         class_weights: one factor for each class, of every part; None: 1.

@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"leftover words: {' '.join(words)} (values are given as --option=value)"
             )
         _refuse_unused_options(name, rest)
-    except (flags.Error, AttributeError, KeyError, TypeError) as error:
+    except (flags.Error, AttributeError, KeyError, TypeError, SyntaxError, ImportError) as error:
         return _fail(2, f"{_explain(error, rest)}\n\nusage: {verb.usage}")
     return _run(verb, values, words)
 
@@ -154,7 +154,7 @@ def _reason(error: BaseException, verb: Verb) -> tuple[int | None, str]:
             return 1, f"{error}; {verb.after_interrupt}"
         case ValueError() | OSError() | CorruptCheckpointError():
             return 1, str(error)
-        case RuntimeError() if "RESOURCE_EXHAUSTED" in str(error):
+        case Exception() if _is_of_memory(error):
             return 1, f"out of memory: {_LESS_MEMORY[verb is VERBS['train']]}\n{error}"
         case RuntimeError() if _is_of_several():
             message = f"another process ended or cannot be reached, see its log: {error}"
@@ -167,6 +167,12 @@ def _reason(error: BaseException, verb: Verb) -> tuple[int | None, str]:
     return None, ""
 
 
+def _is_of_memory(error: Exception) -> bool:
+    """Of the device, of Python, or of OpenCV."""
+    signs = ("RESOURCE_EXHAUSTED", "Insufficient memory")
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
+
+
 def _is_of_several() -> bool:
     """Whether this process works together with others."""
     from jax import distributed
@@ -177,6 +183,8 @@ def _is_of_several() -> bool:
 def _explain(error: Exception, argv: list[str]) -> str:
     # ConfigDict raises an AttributeError around a KeyError, whose text is a quotation of the sentence.
     inner = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
+    if "has no attribute 'get_config'" in str(error):
+        return f"{word_of(argv, 'config')} has no function get_config(), as configs/scenes.py has"
     text = str(inner.args[0]) if isinstance(inner, KeyError) and inner.args else str(inner)
     for name in re.findall(r"--?config\.([\w.]+)", " ".join(argv)):
         if name not in option_names():

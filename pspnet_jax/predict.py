@@ -220,8 +220,10 @@ def _write_about(
     texts = {output / "prediction.json": json.dumps(about, indent=2) + "\n"}
     if "legend" in outputs:
         texts[output / "legend.csv"] = _legend_table(label_set)
-    if not overwrite:
+    if not overwrite and not _is_left_over(output):
         _check_about(texts, output)
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"--output={output} is a file; a folder is wanted")
     output.mkdir(parents=True, exist_ok=True)
     for path, text in texts.items():
         write_whole(path, text)
@@ -229,6 +231,13 @@ def _write_about(
         scales = [title for kind, title in _SCALES.items() if kind in outputs]
         picture = visualize.legend(label_set.names, label_set.palette, scales=scales)
         write_whole(output / "legend.png", visualize.encode_png(picture))
+
+
+def _is_left_over(output: Path) -> bool:
+    """Whether prediction.json is about nothing: an earlier run found no image that it could read."""
+    kinds = (output / kind for kind in (*OUTPUTS, "submission"))
+    has_results = any(path.is_file() for kind in kinds for path in kind.glob("**/*"))
+    return (output / "prediction.json").exists() and not has_results
 
 
 def _check_about(texts: Mapping[Path, str], output: Path) -> None:

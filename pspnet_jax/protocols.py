@@ -273,6 +273,9 @@ def override(protocol: Protocol, **options: Any) -> Protocol:
         ValueError: for an option that the protocol does not have, or an impossible value.
     """
     options = {name: value for name, value in options.items() if value is not None}
+    unknown = [name for name in options if name not in OPTIONS]
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)}: no such option; there are {', '.join(OPTIONS)}")
     foreign = sorted(name for name in options if not has_option(protocol, name))
     if foreign:
         having = {

@@ -90,41 +90,18 @@ class Segmenter:
         return passes.logits(self._weights, self._place(images), network=self._network)
 
     def probabilities(
-        self,
-        image: RawImage,
-        *,
-        protocol: str | None = None,
-        scales: tuple[float, ...] | None = None,
-        flip: bool | None = None,
-        base_size: int | None = None,
-        max_size: int | None = None,
-        crop_size: tuple[int, int] | None = None,
-        stride: tuple[int, int] | None = None,
+        self, image: RawImage, *, protocol: str | Protocol | None = None, **options: Any
     ) -> Float32[jax.Array, "height width classes"]:
-        """Class probabilities of one image under a protocol (None: the checkpoint's own).
+        """Class probabilities of one image under a protocol.
 
         Args:
             image: RGB, 0 .. 255.
-            protocol: a key of `protocols.PROTOCOLS`; the other options override its own.
-            scales: factors of `base_size`.
-            flip: average with the mirror image.
-            base_size: long or short side at scale 1, as the protocol says, pixels.
-            max_size: what the long side may not pass, pixels.
-            crop_size: (height, width) of windows, pixels.
-            stride: between windows, down and across, pixels.
+            protocol, options: as of `choose_protocol`.
 
         Raises:
             ValueError: for an unknown protocol, or an option that it does not have.
         """
-        chosen = self.choose_protocol(
-            protocol,
-            scales=scales,
-            flip=flip,
-            base_size=base_size,
-            max_size=max_size,
-            crop_size=crop_size,
-            stride=stride,
-        )
+        chosen = self.choose_protocol(protocol, **options)
         (prediction,) = self.predict([image], protocol=chosen, probabilities="float32")
         return jnp.asarray(prediction.probabilities)
 
@@ -132,7 +109,7 @@ class Segmenter:
         self,
         images: Iterable[AnyImage],
         *,
-        protocol: Protocol | None = None,
+        protocol: str | Protocol | None = None,
         batch_size: int = 1,
         canvas_gib: float = 2.0,
         confidence: bool = False,
@@ -143,7 +120,7 @@ class Segmenter:
 
         Args:
             images: RGB, 0 .. 255.
-            protocol: None is the checkpoint's own.
+            protocol: a name, or what `choose_protocol` gives; None is the checkpoint's own.
             batch_size: windows, or whole images of equal size, that go through together; on several
                 devices rounded up to as many on each.
             canvas_gib: limit of memory of each device for scores of unfinished images under a protocol
@@ -155,7 +132,7 @@ class Segmenter:
         Raises:
             ValueError: for what is no RGB image, naming its shape, or an impossible number.
         """
-        chosen = protocol or self.protocol
+        chosen = self.choose_protocol(protocol)
         passes.check_passes(batch_size, canvas_gib)
         tile = functools.partial(
             passes.make_tile,
@@ -178,9 +155,11 @@ class Segmenter:
             tile=tile,
         )
 
-    def class_map(self, image: RawImage) -> LabelMap:
-        """The most probable class of each pixel of one image, as train ids."""
-        (prediction,) = self.predict([image])
+    def class_map(
+        self, image: RawImage, *, protocol: str | Protocol | None = None, **options: Any
+    ) -> LabelMap:
+        """The most probable class of each pixel of one image, as train ids; under a protocol, as `probabilities`."""
+        (prediction,) = self.predict([image], protocol=self.choose_protocol(protocol, **options))
         return prediction.class_map
 
     def class_map_by_rows(self, image: AnyImage) -> LabelMap:
@@ -200,11 +179,24 @@ class Segmenter:
         classes = passes.class_maps_by_rows(self._weights, images, network=network, mesh=self._mesh)
         return np.asarray(classes)[0]
 
-    def choose_protocol(self, name: str | None = None, **options: Any) -> Protocol:
-        """A protocol by name (None: the checkpoint's own) with every option that is not None."""
-        if name is None or name == self.protocol.name:
+    def choose_protocol(self, protocol: str | Protocol | None = None, **options: Any) -> Protocol:
+        """A protocol (None: the checkpoint's own) with every option that is not None.
+
+        Args:
+            protocol: a key of `protocols.PROTOCOLS`, or one that was chosen before.
+            options: those of `protocols.OPTIONS` that the protocol has: `scales` are factors of `base_size`, `flip`
+                averages with the mirror image, `base_size` is the long or short side at scale 1, `max_size` what the
+                long side may not pass, `crop_size` (height, width) of windows and `stride` what is between them, all
+                in pixels, `absent_class` ('skip' or 'zero') is for the means of scores.
+
+        Raises:
+            ValueError: for an unknown protocol, or an option that it does not have.
+        """
+        if protocol is None or protocol == self.protocol.name:
             return protocols.override(self.protocol, **options)
-        return protocols.override(protocols.choose(name, self.label_set), **options)
+        if isinstance(protocol, str):
+            protocol = protocols.choose(protocol, self.label_set)
+        return protocols.override(protocol, **options)
 
     def _slide(
         self,

@@ -46,6 +46,8 @@ class Description:
         """The same with another `model.dtype` (None: its own); ValueError for one that there is not."""
         if dtype is None:
             return self
+        if dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype={dtype!r} is not one of float32, bfloat16")
         return replace(self, model=ModelOptions.resolve(asdict(self.model) | {"dtype": dtype}))
 
     def to_json(self) -> str:

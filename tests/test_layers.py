@@ -320,3 +320,10 @@ def test_half_precision_is_averaged_in_full_precision():
 def test_state_is_parameters_and_batch_statistics_only():
     for layer in (BatchNorm(2), PReLU(), linear(2, 3)):
         nnx.split(layer, nnx.Param, nnx.BatchStat)  # raises where there is anything else
+
+
+def test_a_map_that_cannot_be_halved_is_named():
+    with pytest.raises(
+        ValueError, match=r"the image is too small .*: a map of 1x5 cannot be halved"
+    ):
+        average_pool(jnp.zeros((1, 1, 5, 2)))

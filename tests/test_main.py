@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import cv2
@@ -281,6 +282,13 @@ def test_evaluating_on_another_label_set_is_refused(capsys, tmp_path, run):
     )
     argv = ["evaluate", f"--checkpoint={run}", f"--config={other}"]
     assert "data.labels=ade20k has 150 classes" in fails(capsys, argv, code=1)
+
+
+def test_what_is_no_config_file(capsys, tmp_path):
+    for text, message in (("x = 1", "has no function get_config()"), ("def (", "invalid syntax")):
+        (tmp_path / "mine.py").write_text(text)
+        sys.modules.pop("config_config", None)  # of another test
+        assert message in fails(capsys, [f"--config={tmp_path / 'mine.py'}"], code=2)
 
 
 @pytest.mark.parametrize("mistake", ["config.train.num_stpes = 3", "config.train['num_stpes'] = 3"])

@@ -584,6 +584,8 @@ def test_size_rule_names_the_nearest_sizes():
     assert padded == [1, 9, 9, 17, 473, 481, 481]
     deep = options(family="smp", num_stages=4, output_stride=32)
     assert [deep.size_rule.padded(side) for side in (1, 32, 480, 481)] == [32, 32, 480, 512]
+    with pytest.raises(ValueError, match=r"4 .* must be 8k, with a whole k \(nearest: 8\)"):
+        check_size((4, 8), options(family="csail").size_rule)
     with pytest.raises(ValueError, match=r"473 .* must be 32k, .* \(nearest: 448, 480\)"):
         check_size((480, 473), deep.size_rule)
 

@@ -254,6 +254,22 @@ def test_a_foreign_legend_is_not_overwritten(segmenter, photographs, tmp_path):
     assert (tmp_path / "legend.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_a_run_without_results_left_is_in_nobodys_way(segmenter, photographs, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"")
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match="1 of 1 images were left out"):
+        predict.run("x", [str(tmp_path / "broken.png")], output=str(out))
+    options = {"output": str(out), "dtype": "bfloat16"}
+    predict.run("x", [str(photographs / "a")], **options, outputs=["class_maps"])
+    assert json.loads((out / "prediction.json").read_text())["dtype"] == "bfloat16"
+    with pytest.raises(FileExistsError, match='says "dtype": "bfloat16"'):
+        predict.run(
+            "x", [str(photographs / "a")], output=str(out), outputs=["overlays"], dtype="float32"
+        )
+    with pytest.raises(FileExistsError, match="is a file; a folder is wanted"):
+        predict.run("x", [str(photographs / "a")], output=str(tmp_path / "broken.png"))
+
+
 def test_the_legend_is_a_label_set_of_the_class_maps(segmenter, photographs, tmp_path):
     predict.run("x", [str(photographs / "a")], output=str(tmp_path / "out"))
     listed = load_label_set(str(tmp_path / "out/legend.csv"))

@@ -208,6 +208,22 @@ def test_options_of_the_checkpoints_own_protocol_are_kept(segmenter):
     assert own.choose_protocol("whole") == choose("whole", CAMVID)
 
 
+def test_every_way_to_name_a_protocol(segmenter):
+    image = example(33, 41).image
+    options = {"crop_size": (33, 41), "base_size": 64}
+    chosen = segmenter.choose_protocol("semseg", **options)
+    expected = segmenter.probabilities(image, protocol="semseg", **options)
+    np.testing.assert_array_equal(segmenter.probabilities(image, protocol=chosen), expected)
+    by_name = segmenter.class_map(image, protocol="semseg", **options)
+    np.testing.assert_array_equal(by_name, np.asarray(expected).argmax(-1))
+    np.testing.assert_array_equal(segmenter.class_map(image, protocol=chosen), by_name)
+    (found,) = segmenter.predict([image], protocol="whole")
+    np.testing.assert_array_equal(found.class_map, segmenter.class_map(image))
+    assert segmenter.choose_protocol(chosen, flip=False) == dataclasses.replace(chosen, flip=False)
+    with pytest.raises(ValueError, match=r"scale: no such option; there are flip, .*, scales"):
+        segmenter.choose_protocol("semseg", scale=(1,))
+
+
 def test_a_batch_over_eight_devices_equals_image_by_image(segmenter):
     images = np.stack([example(33, 41, seed=i).image for i in range(8)])
     together = np.asarray(segmenter.logits(images))

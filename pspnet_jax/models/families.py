@@ -375,10 +375,11 @@ def check_size(size: Pair, rule: SizeRule) -> None:
     wrong = [side for side in size if (side - rule.remainder) % rule.multiple != 0]
     if wrong:
         above = rule.padded(wrong[0])
+        nearest = [side for side in (above - rule.multiple, above) if side > 0]
         remainder = f" + {rule.remainder}" if rule.remainder else ""
         raise ValueError(
             f"a side of {wrong[0]} pixels in (height, width) = {size} must be {rule.multiple}k{remainder}, "
-            f"with a whole k (nearest: {above - rule.multiple}, {above})"
+            f"with a whole k (nearest: {', '.join(map(str, nearest))})"
         )
 
 

@@ -213,6 +213,7 @@ def test_public_names():
 
     assert {name for name in pspnet_jax.__all__ if getattr(pspnet_jax, name)} == {
         "load",
+        "read_image",
         "Segmenter",
         "PSPNet",
     }

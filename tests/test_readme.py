@@ -11,6 +11,8 @@ import pytest
 from pspnet_jax import main as main_module
 from pspnet_jax.data.scenes import SPLITS, render
 
+from pictures import write_image
+
 BUDGET_SECONDS = 60
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -69,12 +71,14 @@ def test_commands_that_need_nothing_are_these():
     ]
 
 
-def test_python_runs():
-    """With the shipped network in place of a run."""
+def test_python_runs(tmp_path):
+    """With the shipped network in place of a run, and a photograph of its own."""
     (block,) = (block for language, block in BLOCKS if language == "python" and "load(" in block)
     image = render(0, SPLITS["val"][0])[0]
-    names = {"image": image, "images": [image, image[:97, :81]]}
-    exec(block.replace('"runs/scenes"', '"scenes"'), names)
+    write_image(tmp_path / "photo.jpg", image)
+    names = {"images": [image, image[:97, :81]]}
+    block = block.replace('"runs/scenes"', '"scenes"').replace("photo.jpg", f"{tmp_path}/photo.jpg")
+    exec(block, names)
     assert names["prediction"].class_map.shape == (97, 81)
     assert names["prediction"].confidence.shape == (97, 81)
     np.testing.assert_allclose(np.sum(names["probabilities"], axis=-1), 1, rtol=1e-5)

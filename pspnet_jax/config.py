@@ -8,6 +8,7 @@
 """
 
 import importlib.util
+import inspect
 import json
 import re
 from collections.abc import Callable
@@ -334,6 +335,25 @@ def option_names() -> list[str]:
     for section, value in default_config().to_dict().items():
         names += [f"{section}.{key}" for key in value] if isinstance(value, dict) else [section]
     return names
+
+
+def option_lines() -> list[str]:
+    """Every option with its default and what stands beside it, or above it, in `default_config`; in its order."""
+    comments: dict[str, str] = {}
+    above: list[str] = []
+    for line in inspect.getsource(default_config).splitlines():
+        code, _, comment = line.strip().partition("# ")
+        name = code.partition(" = ")[0].removeprefix("config.")
+        comments[name] = comment or " ".join(above)
+        above = [*above, comment] if comment and not code else []
+    config = default_config()
+    values = {name: f"{name} = {_get(config, name)}" for name in option_names()}
+    width = max(map(len, values.values()))
+    return [
+        f"{values[name]:<{width}}  {comment}".rstrip()
+        for name, comment in comments.items()
+        if name in values
+    ]
 
 
 def to_json(config: ConfigDict) -> str:

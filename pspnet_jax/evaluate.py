@@ -143,7 +143,7 @@ def evaluate_part(
         images(), protocol=protocol, batch_size=batch_size, canvas_gib=canvas_gib
     )
     what = "images" if num_processes == 1 else f"images of the first of {num_processes} processes"
-    by = f"by {protocol.describe()}"
+    by = f"by {protocol.name}"
     with Progress(num_images, what, note=by) if process_index == 0 else nullcontext() as progress:
         for prediction in predictions:
             index, truth = waiting.popleft()

@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 from ml_collections.config_dict import placeholder
 
-from pspnet_jax.config import from_json, option_names
+from pspnet_jax.config import from_json, option_lines
 
 # Of a config, where a verb does not use all of it. `check` takes any option, so that the command of a
 # training can be checked as it stands.
@@ -350,8 +350,8 @@ def verb_help(name: str) -> str:
         used = ", ".join(f"{x}*" if x.endswith(".") else x for x in USED_OPTIONS[name])
         lines += ["", f"options of the config: {used}"]
     elif "config" in values:
-        lines += ["", "options (--config.NAME=VALUE; explained in pspnet_jax/config.py):"]
-        lines += [f"  {option}" for option in option_names()]
+        lines += ["", "options (--config.NAME=VALUE) with their defaults:"]
+        lines += [f"  {line}" for line in option_lines()]
     return "\n".join(lines)
 
 

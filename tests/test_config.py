@@ -1,5 +1,7 @@
 """The options page: locked, validated, and the same after JSON."""
 
+import re
+
 import pytest
 
 from pspnet_jax.config import (
@@ -7,6 +9,7 @@ from pspnet_jax.config import (
     default_config,
     from_json,
     load,
+    option_lines,
     option_names,
     to_json,
     validate,
@@ -94,3 +97,18 @@ def test_config_file_is_read(tmp_path):
     path.rename(path.with_suffix(".txt"))
     with pytest.raises(ValueError, match=r"mine\.txt is no Python file"):
         load(path.with_suffix(".txt"))
+
+
+def test_help_says_what_stands_beside_or_above_an_option():
+    lines = {line.split(" = ")[0]: line for line in option_lines()}
+    assert sorted(lines) == sorted(option_names())
+    assert [*lines][:5] == ["name", "init_from", "seed", "data.source", "data.layout"]
+    assert re.fullmatch(
+        r"seed = 0 +of initialization, order of images, augmentation, dropout; .*", lines["seed"]
+    )
+    assert re.fullmatch(
+        r"data.layout = ade20k +of a folder: ade20k .* voc2012", lines["data.layout"]
+    )
+    assert re.search("or a CSV file id,name,red", lines["data.labels"])  # two lines above it
+    assert lines["data.val_split"] == "data.val_split = validation"
+    assert lines["train.num_steps"].endswith("optimizer steps")

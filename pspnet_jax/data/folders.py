@@ -156,9 +156,8 @@ def decode_mask(path: Path | str, encoded: bytes) -> LabelMap | RawImage:
         raise DataError(f"{path}: {must}; this file is no PNG, whatever its name says")
     header = headers.parse(encoded)
     if header is not None and header.bits in (2, 4) and not header.has_palette:
-        factor = 255 // (
-            2**header.bits - 1
-        )  # by which OpenCV multiplies gray values; those of 1 bit are 0 and 255
+        # OpenCV multiplies gray values, so that the highest becomes 255 (of masks of 1 bit this is what is meant).
+        factor = 255 // (2**header.bits - 1)
         name = repr(str(path))
         fix = python_command(f"import cv2; cv2.imwrite({name}, cv2.imread({name}, -1) // {factor})")
         raise DataError(f"{path}: {must}; this one has {header.bits} bits; this gives it 8: {fix}")

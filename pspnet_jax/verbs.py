@@ -350,7 +350,10 @@ def verb_help(name: str) -> str:
         used = ", ".join(f"{x}*" if x.endswith(".") else x for x in USED_OPTIONS[name])
         lines += ["", f"options of the config: {used}"]
     elif "config" in values:
-        lines += ["", "options (--config.NAME=VALUE) with their defaults:"]
+        lines += [
+            "",
+            "options (--config.NAME=VALUE) with their defaults (None: the family's, the recipe's or the label set's):",
+        ]
         lines += [f"  {line}" for line in option_lines()]
     return "\n".join(lines)
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Float64, Int32
+from jaxtyping import Bool, Float, Float32, Float64, Int32, Int64
 
 from pspnet_jax.arrays import AnyArray
 
@@ -65,6 +65,21 @@ def sample_positions(
     return (target + 0.5) * size / new_size - 0.5
 
 
+class Neighbors(NamedTuple):
+    """The two old samples that each new one lies between, and its distance from the lower one, 0..1."""
+
+    lower: Int64[np.ndarray, "new_size"]
+    upper: Int64[np.ndarray, "new_size"]
+    fraction: Float64[np.ndarray, "new_size"]
+
+
+def neighbors(size: int, new_size: int, *, align_corners: bool) -> Neighbors:
+    """Of bilinear resizing along one axis; beyond the ends the end itself."""
+    source = sample_positions(size, new_size, align_corners=align_corners).clip(0, size - 1)
+    lower = np.clip(np.floor(source).astype(int), 0, max(size - 2, 0))
+    return Neighbors(lower, np.minimum(lower + 1, size - 1), source - lower)
+
+
 def resize_matrix(
     size: Size, new_size: Size, *, align_corners: bool
 ) -> Float[AnyArray, "new_size size"]:
@@ -72,13 +87,11 @@ def resize_matrix(
     is a symbol."""
     if not is_static(size, new_size):
         return symbolic_resize_matrix(size, new_size, align_corners=align_corners)
-    source = sample_positions(size, new_size, align_corners=align_corners).clip(0, size - 1)
+    lower, upper, fraction = neighbors(size, new_size, align_corners=align_corners)
     target = np.arange(new_size)
-    lower = np.clip(np.floor(source).astype(int), 0, max(size - 2, 0))
-    upper = np.minimum(lower + 1, size - 1)
     matrix = np.zeros((new_size, size))
-    matrix[target, lower] += 1 - (source - lower)
-    matrix[target, upper] += source - lower
+    matrix[target, lower] += 1 - fraction
+    matrix[target, upper] += fraction
     return matrix
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int64, UInt8
 
-from pspnet_jax.resample import sample_positions
+from pspnet_jax.resample import Neighbors, neighbors
 
 
 class Taps(NamedTuple):
@@ -34,12 +34,12 @@ class Taps(NamedTuple):
 
 def half_pixel(size: int, new_size: int) -> Taps:
     """Bilinear, centers at half positions, nothing smoothed."""
-    return _between(sample_positions(size, new_size, align_corners=False), size)
+    return _between(neighbors(size, new_size, align_corners=False))
 
 
 def align_corners(size: int, new_size: int) -> Taps:
     """Bilinear, ends on ends; a single new sample is the first old one."""
-    return _between(sample_positions(size, new_size, align_corners=True), size)
+    return _between(neighbors(size, new_size, align_corners=True))
 
 
 def pillow(size: int, new_size: int) -> Taps:
@@ -134,9 +134,6 @@ def resize_matlab(
     return image
 
 
-def _between(positions: np.ndarray, size: int) -> Taps:
-    positions = positions.clip(0, size - 1)
-    lower = np.clip(np.floor(positions).astype(int), 0, max(size - 2, 0))
-    upper = np.minimum(lower + 1, size - 1)
-    fraction = positions - lower
-    return Taps(np.stack([lower, upper], 1), np.stack([1 - fraction, fraction], 1))
+def _between(found: Neighbors) -> Taps:
+    weights = np.stack([1 - found.fraction, found.fraction], 1)
+    return Taps(np.stack([found.lower, found.upper], 1), weights)

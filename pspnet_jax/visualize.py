@@ -172,7 +172,7 @@ def panel(
     row = np.concatenate([_space(row), row], axis=1)
     parts = [row, _legend(class_ids, names, palette, width=row.shape[1])]
     if note:
-        line = np.full((_LINE, row.shape[1], 3), _BACKGROUND, np.uint8)
+        line = _blank(_LINE, row.shape[1])
         _write(line, note, (_MARGIN, _LINE - 9))
         parts.append(line)
     return np.concatenate(parts)
@@ -182,7 +182,7 @@ def grid(panels: Sequence[Picture], *, columns: int) -> Picture:
     """Panels in rows of `columns`, each cell as large as the largest panel, filled up with white."""
     height = max(p.shape[0] for p in panels) + _MARGIN
     width = max(p.shape[1] for p in panels)
-    cells = [np.full((height, width, 3), _BACKGROUND, np.uint8) for _ in panels]
+    cells = [_blank(height, width) for _ in panels]
     for cell, picture in zip(cells, panels, strict=True):
         cell[: picture.shape[0], : picture.shape[1]] = picture
     cells += [np.full_like(cells[0], _BACKGROUND)] * (-len(cells) % columns)
@@ -197,7 +197,7 @@ def _enlarged(picture: Picture, min_height: int) -> Picture:
 
 
 def _titled(title: str, picture: Picture) -> Picture:
-    heading = np.full((_LINE, picture.shape[1], 3), _BACKGROUND, np.uint8)
+    heading = _blank(_LINE, picture.shape[1])
     _write(heading, title, (0, _LINE - 7))
     return np.concatenate([heading, picture])
 
@@ -252,7 +252,7 @@ def _legend(
             left = _MARGIN
         lines[-1].append((class_id, left))
         left += 20 + text_width + 14
-    canvas = np.full((_LINE * len(lines) + _MARGIN, width, 3), _BACKGROUND, np.uint8)
+    canvas = _blank(_LINE * len(lines) + _MARGIN, width)
     for i, line in enumerate(lines):
         for class_id, left in line:
             top = i * _LINE + 8

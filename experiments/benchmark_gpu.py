@@ -102,13 +102,13 @@ class Run:
         environment = {
             "TORCHINDUCTOR_COMPILE_THREADS": str(THREADS_OF_PYTORCH),
             "BENCHMARK_DEVICE_GIB": str(DEVICE_GIB_OF_PYTORCH),
+            "BENCHMARK_TURNS": str((self.output / "turns").absolute()),
         }
         if task.module == "benchmark_jax":
             cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(self.output / "cache" / "jax"))
             flags = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS.get(task.column, '')}"
-            environment = {
+            environment |= {
                 "JAX_COMPILATION_CACHE_DIR": str(Path(cache).absolute()),
-                "BENCHMARK_TURNS": str((self.output / "turns").absolute()),
                 "XLA_FLAGS": "" if self.small else flags.strip(),
             }
         return self.launcher.start(task, seconds, **environment)

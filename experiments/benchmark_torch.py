@@ -41,7 +41,8 @@ def prepare(task: Task) -> Prepared:
         "evaluation": evaluation,
         "matrix product": matrix_product,
     }[task.what](task)
-    return tuned(prepared) if torch.cuda.is_available() else prepared
+    is_short = task.what in ("forward", "training step")
+    return tuned(prepared) if torch.cuda.is_available() and is_short else prepared
 
 
 def tuned(prepared: Prepared) -> Prepared:

@@ -37,6 +37,7 @@ TWO_CLASSES = (
     "255 is void unless a class lists it: masks of two classes, 0 and 255, want a CSV as data.labels with "
     f"the lines '{','.join(COLUMNS)}', '0,background,0,0,0,0' and '1,object,220,20,60,255'"
 )
+_SPACES = "several raw_ids are separated by spaces"
 _UNMAPPED = 254  # inside the look-up table only; train ids never reach it
 
 
@@ -255,11 +256,8 @@ def _parse(
     for row in reader:
         try:
             rows.append(_row(row))
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{where}, line {reader.line_num}: {error}; all but names must be whole numbers, several raw_ids "
-                "separated by spaces"
-            ) from None
+        except ValueError as error:
+            raise ValueError(f"{where}, line {reader.line_num}: {error}") from None
     void = [row for row in rows if row.id == IGNORE_LABEL]
     classes = [row for row in rows if row.id != IGNORE_LABEL]
     void_colors = tuple(row.color for row in void if row.color is not None)
@@ -280,16 +278,19 @@ def _parse(
 
 
 def _row(cells: dict) -> _Row:
-    if None in cells:
-        raise ValueError(f"{','.join(cells[None])!r} stands behind the last column")
-    group = cells.get("group") or None
+    beyond, group = ",".join(cells.get(None, ())), cells.get("group") or None
+    if beyond.strip(", "):
+        raise ValueError(f"{beyond!r} stands behind the last column; {_SPACES}")
     if group is not None and group.isdecimal():
-        raise ValueError(f"the group is {group}, a number")
-    number = int(cells["id"])
-    # Void needs no color.
-    has_color = number != IGNORE_LABEL or bool(cells["red"])
-    color = (int(cells["red"]), int(cells["green"]), int(cells["blue"])) if has_color else None
-    raw_ids = tuple(map(int, cells["raw_ids"].split()))
+        raise ValueError(f"the group is {group}, a number; {_SPACES}")
+    try:
+        number = int(cells["id"])
+        # Void needs no color.
+        has_color = number != IGNORE_LABEL or bool(cells["red"])
+        color = (int(cells["red"]), int(cells["green"]), int(cells["blue"])) if has_color else None
+        raw_ids = tuple(map(int, cells["raw_ids"].split()))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{error}; all but names must be whole numbers, {_SPACES}") from None
     return _Row(number, cells["name"], color, raw_ids, group)
 
 

@@ -51,7 +51,7 @@ class StepRecord:
     mean_iou: float | None
     """Of the evaluation at that step, where there was one."""
     evaluation: str | None
-    """Which one: split and protocol; None where that is not known."""
+    """Which one: split, protocol, label set; None where that is not known."""
     layouts: Mapping[str, Tree]
     """Part -> what `packing` says of its bytes."""
 
@@ -148,7 +148,7 @@ class CheckpointFolder:
         """Write down what an evaluation of a saved step gave.
 
         Args:
-            evaluation: split and protocol; others give other scores.
+            evaluation: split, protocol and label set; others give other scores.
         """
         self.wait()
         if jax.process_index() != 0 or math.isnan(mean_iou):

@@ -35,7 +35,7 @@ def default_config() -> ConfigDict:
     # file id,name,red,green,blue,raw_ids
     data.labels = "ade20k"
     data.train_split = "training"  # name of a split in the layout; of list: its list file
-    data.val_split = "validation"
+    data.val_split = "validation"  # likewise
     data.crop_size = placeholder(tuple)  # (height, width), pixels, by the family's size rule
     data.num_workers = 0  # loader processes; 0 = threads of this one
     data.unreadable_share_max = 0.001  # of the training images; with more training stops; 0..1
@@ -120,7 +120,7 @@ def default_config() -> ConfigDict:
     train.recipe_batch_size = placeholder(int)  # that rate and steps are for: both are scaled
     train.accumulate_steps = 1  # parts of the batch that go through one after the other
     train.num_steps = 126_300  # optimizer steps
-    train.log_every_steps = 50
+    train.log_every_steps = 50  # of progress lines and rows in metrics.jsonl
     train.evaluate_every_steps = 10_000  # and after the last step
     train.checkpoint_every_steps = 1_000  # and at each evaluation
     train.skipped_in_a_row_max = 100  # steps with a loss that is not finite, then it ends
@@ -136,9 +136,8 @@ def default_config() -> ConfigDict:
     evaluate.absent_class = placeholder(str)  # in means: skip | zero
     evaluate.base_size = placeholder(int)  # long or short side at scale 1, pixels
     evaluate.max_size = placeholder(int)  # what the long side may not pass, pixels
-    evaluate.crop_size = placeholder(
-        tuple
-    )  # (height, width) of windows; None = data.crop_size, mmseg's own
+    # (height, width) of windows, pixels; None = data.crop_size, mmseg's own
+    evaluate.crop_size = placeholder(tuple)
     evaluate.stride = placeholder(tuple)  # between windows, down and across, pixels
     evaluate.batch_size = 1  # windows, or images of equal size, that go through together
     evaluate.canvas_gib = 2.0  # device memory for scores of unfinished images, beside the network's

@@ -94,8 +94,8 @@ def run(
         )
     if found is None:
         known |= {"num_stages": 4}  # whole, whatever a family leaves out
-    bins = known.get("pyramid_bins", FAMILIES[family].options["pyramid_bins"])
-    weights = tables.read(found, bins, arrays)
+    order = tables.order_of({**FAMILIES[family].options, **known})
+    weights = tables.read(found, order, arrays)
     options = infer_options(weights, family=family, told=known, where=where)
     weights = weights.without(beyond(options.num_stages))
     if labels is None:

@@ -70,16 +70,8 @@ def evaluate(
         )
     except Exception as error:  # the others wait for what this process says
         failure = error
-    said = [
-        text.decode()
-        for text in parallel.gather((repr(failure) if failure else "").encode())
-        if text
-    ]
-    if failure is not None:
-        raise failure
-    if part is None or said:
-        kind = DataError if said[0].startswith(DataError.__name__) else RuntimeError
-        raise kind(f"another process stopped: {said[0]}")
+    _raise_together(failure)
+    assert part is not None
     scored = sorted(ImageScore(*row) for row in _gather_rows(part.image_scores))
     assert [score.index for score in scored] == list(range(len(source))), (
         f"{len(scored)} images were evaluated, the split has {len(source)}"
@@ -96,6 +88,20 @@ def evaluate(
         label_set=segmenter.label_set,
         model=segmenter.description.model,
     )
+
+
+def _raise_together(failure: Exception | None) -> None:
+    """Raise in all processes where one failed. All raise a DataError or none does: a training goes on after one."""
+    words = repr(failure) if failure else ""
+    said = [text.decode() for text in parallel.gather(words.encode()) if text]
+    if not said:
+        return
+    message = f"another process stopped: {said[0]}"
+    if all(text.startswith(DataError.__name__) for text in said):
+        raise failure or DataError(message)
+    if failure is None or isinstance(failure, DataError):
+        raise RuntimeError(message) from failure
+    raise failure
 
 
 @dataclass

@@ -11,7 +11,6 @@ import difflib
 import errno
 import logging
 import os
-import re
 import signal
 import sys
 import traceback
@@ -186,9 +185,9 @@ def _explain(error: Exception, argv: list[str]) -> str:
     if "has no attribute 'get_config'" in str(error):
         return f"{word_of(argv, 'config')} has no function get_config(), as configs/scenes.py has"
     text = str(inner.args[0]) if isinstance(inner, KeyError) and inner.args else str(inner)
-    for name in re.findall(r"--?config\.([\w.]+)", " ".join(argv)):
-        if name not in option_names():
-            return f"unknown option --config.{name}{_nearest(name, option_names())}"
+    for match in filter(None, map(OPTION.match, argv)):
+        if match[1] not in option_names():
+            return f"unknown option --config.{match[1]}{_nearest(match[1], option_names())}"
     is_missing = any(map(OPTION.match, argv)) and word_of(argv, "config") is None
     return MISSING_CONFIG if is_missing and isinstance(error, flags.UnrecognizedFlagError) else text
 

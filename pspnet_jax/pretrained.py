@@ -9,7 +9,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -117,7 +117,7 @@ def read_weights(path: Path | str, *, model: ModelOptions) -> Source:
         weights = _ours(flatten(stored.part["params"]) | flatten(stored.part["batch_stats"]))
         options = {name: getattr(theirs, name) for name in FORWARD_OPTIONS}
         source = Source(weights, stored.description.label_set, theirs.family, options)
-        have = _order_of(theirs)
+        have = tables.order_of(asdict(theirs))
     else:
         arrays, metadata = read_file(path)
         if metadata.get("format") == stored_model.FILE_FORMAT:
@@ -125,8 +125,8 @@ def read_weights(path: Path | str, *, model: ModelOptions) -> Source:
         family = recognize(arrays, where=str(path))
         options = told_by(metadata, where=str(path))
         have = _published_order(family, options, model)
-        source = Source(tables.read(family, have.bins, arrays), None, family, options)
-    ordered = tables.in_order(source.weights.arrays, have, _order_of(model))
+        source = Source(tables.read(family, have, arrays), None, family, options)
+    ordered = tables.in_order(source.weights.arrays, have, tables.order_of(asdict(model)))
     return source._replace(weights=replace(source.weights, arrays=ordered))
 
 
@@ -151,16 +151,12 @@ def told_by(metadata: Mapping[str, str], *, where: str) -> dict[str, Any]:
     return told
 
 
-def _order_of(model: ModelOptions) -> tables.Order:
-    return tables.Order(model.pyramid_bins, model.pyramid_map_first)
-
-
 def _published_order(
     family: str | None, options: Mapping[str, Any], model: ModelOptions
 ) -> tables.Order:
     """Published files only number the levels: in the order that they tell, or that is their family's; in that of
     the network where it is of the same family, or has other bins."""
-    of_network = _order_of(model)
+    of_network = tables.order_of(asdict(model))
     usual = FAMILIES[family].options if family and family != model.family else {}
     bins = usual.get("pyramid_bins", of_network.bins)
     if sorted(bins) != sorted(of_network.bins):

@@ -19,7 +19,7 @@ import numpy as np
 from pspnet_jax import visualize
 from pspnet_jax.arrays import IGNORE_LABEL, Example, LabelMap
 from pspnet_jax.catalog import LabelSet
-from pspnet_jax.data.pipeline import Records, Source, name_of
+from pspnet_jax.data.pipeline import Source
 from pspnet_jax.metrics import Confusion, ImageScore, Scores, group_iou, scores
 from pspnet_jax.models.families import ModelOptions
 from pspnet_jax.protocols import Protocol
@@ -175,8 +175,6 @@ def write_report(
         origin: where the data come from, for the report.
     """
     names: Sequence[str] | None = getattr(source, "names", None)
-    if isinstance(source, Records):
-        names = [name_of(source, index) for index in range(len(source))]
     contents = report(evaluation, provenance, split=split, names=names, origin=origin)
     if jax.process_index() != 0:
         return contents

@@ -35,6 +35,7 @@ from pspnet_jax.arrays import Batch
 from pspnet_jax.catalog import shortened
 from pspnet_jax.checkpoint import CheckpointFolder, CorruptCheckpointError
 from pspnet_jax.data import transforms, unreadable
+from pspnet_jax.data.layouts import DataError
 from pspnet_jax.data.pipeline import Source, name_of, training_batches
 from pspnet_jax.metric_writer import MetricWriter, TrainingProgress
 from pspnet_jax.models.families import ModelOptions
@@ -170,17 +171,21 @@ class Run:
             heard=heard,
         )
         folder = self.evaluation_folder(step)
-        write_report(
-            folder,
-            result,
-            segmenter.provenance,
-            self.validation,
-            split=self.config.evaluate.split,
-            origin=evaluate.data_origin(self.config.data, self.description.label_set),
-        )
+        try:
+            write_report(
+                folder,
+                result,
+                segmenter.provenance,
+                self.validation,
+                split=self.config.evaluate.split,
+                origin=evaluate.data_origin(self.config.data, self.description.label_set),
+            )
+        except DataError as error:  # of an image that was read before; only the first process knows
+            raise OSError(f"the report of step {step} could not be written: {error}") from error
         message = f"{summary(result)}\nreport: {folder / FILES['report']}"
         progress.log_evaluation(step, result.scalars, message, seconds=result.seconds)
-        _, _, evaluation = folder.name.partition("-")  # without the step
+        _, _, name = folder.name.partition("-")  # split and protocol, without the step
+        evaluation = f"{name} {self.description.label_set.digest}"
         self.checkpoints.set_score(step, result.scores.mean_iou, evaluation=evaluation)
 
     def what_is_saved(self) -> str:
@@ -202,9 +207,10 @@ class Run:
         wrong = [name for name, x in statistics.items() if not np.isfinite(np.asarray(x)).all()]
         if wrong:
             raise ValueError(
-                f"after step {step} {len(wrong)} batch statistics are not finite ({', '.join(wrong[:3])}, ...): feature "
-                "maps overflow. Nothing of it was saved; go on from the last checkpoint with a lower "
-                "--config.optimizer.learning_rate or a longer warmup_steps"
+                f"after step {step} {len(wrong)} batch statistics are not finite ({', '.join(wrong[:3])}"
+                f"{', ...' * (len(wrong) > 3)}): feature maps overflow. Nothing of it was saved; go on from the last "
+                "checkpoint with a lower --config.optimizer.learning_rate or a longer warmup_steps (one of an older "
+                "version may hold such values itself: then move its folder away)"
             )
         parts = {
             "model": model_part(self.description, state.params, state.batch_stats),

@@ -367,9 +367,10 @@ def _define_config(values: flags.FlagValues, argv: list[str]) -> None:
 def _define_config_or_runs_own(values: flags.FlagValues, argv: list[str]) -> None:
     """Without --config its options change the config of the checkpoint's run, but for how masks are read, which the
     checkpoint itself says."""
-    path = Path(word_of(argv, "checkpoint") or "") / "config.json"
+    checkpoint = word_of(argv, "checkpoint")
     is_changed = any(map(OPTION.match, argv)) and word_of(argv, "config") is None
-    if not is_changed or not path.is_file():
+    path = Path(checkpoint or "") / "config.json"
+    if not is_changed or not checkpoint or not path.is_file():
         _define_config(values, argv)
         return
     try:
@@ -382,12 +383,11 @@ def _define_config_or_runs_own(values: flags.FlagValues, argv: list[str]) -> Non
 
 
 def word_of(argv: list[str], flag: str) -> str | None:
-    """What stands behind a flag, as one word or two."""
-    for i, word in enumerate(argv):
-        if word.startswith(f"--{flag}="):
-            return word.removeprefix(f"--{flag}=")
-        if word == f"--{flag}" and i + 1 < len(argv):
-            return argv[i + 1]
+    """What stands behind a flag, as one word or two; the last one where it is given twice, as absl takes it."""
+    for i in reversed(range(len(argv))):
+        name, equals, text = argv[i].partition("=")
+        if name in (f"--{flag}", f"-{flag}"):
+            return text if equals else next(iter(argv[i + 1 : i + 2]), None)
     return None
 
 

@@ -164,6 +164,12 @@ def test_raw_ids_that_are_separated_by_commas_are_not_dropped(text, message, tmp
         load_label_set(str(tmp_path / "mine.csv"))
 
 
+def test_empty_cells_behind_the_last_column_are_nothing(tmp_path):
+    """As spreadsheets write them."""
+    (tmp_path / "mine.csv").write_text(HEADER + "0,a,0,0,0,0,\n1,b,9,9,9,1,, \n")
+    assert load_label_set(str(tmp_path / "mine.csv")).raw_ids == ((0,), (1,))
+
+
 def test_changes_between_label_sets_are_told(tmp_path):
     def own(text):
         (tmp_path / "mine.csv").write_text(HEADER + text)

@@ -131,7 +131,7 @@ def test_what_was_exported_converts_again(converted, tmp_path):
 def test_options_are_read_from_names_and_shapes(overrides):
     wanted = options(**overrides)
     bins = overrides.get("pyramid_bins") or None  # () is found out
-    weights = tables.read("semseg", wanted.pyramid_bins, _published_of(wanted))
+    weights = tables.read("semseg", tables.Order(wanted.pyramid_bins), _published_of(wanted))
     told = {} if bins is None else {"pyramid_bins": bins}
     assert convert.infer_options(weights, family="semseg", told=told, where="file") == wanted
 

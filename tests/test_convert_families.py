@@ -24,6 +24,7 @@ from pspnet_jax.models.families import FAMILIES, ModelOptions
 from pspnet_jax.models.pspnet import PSPNet
 from pspnet_jax.pretrained import start_from
 from pspnet_jax.stored_model import Description, StoredModel
+from pspnet_jax.stored_model import read as read_stored
 from pspnet_jax.train_step import split_model
 from pspnet_jax.trees import flatten
 from pspnet_jax.weights import caffe, safetensors
@@ -304,6 +305,32 @@ def test_export_to_caffes_own_format(tmp_path, labels):
     assert strides == dict.fromkeys(
         ("conv1_1_3x3_s2", "conv3_1_1x1_reduce", "conv3_1_1x1_proj"), (2, 2)
     )
+
+
+@pytest.mark.parametrize("map_first", [True, False])
+def test_caffes_networks_of_any_order_come_back(tmp_path, labels, map_first):
+    """Their files have the widest levels first, and the map where the network has it."""
+    model_options = options(
+        family="caffe", aux_heads=(), pyramid_bins=(1, 2, 3, 6), pyramid_map_first=map_first
+    )
+    model_options = dataclasses.replace(model_options, backbone="resnet50")
+    model = PSPNet(model_options, 7, rng=np.random.default_rng(0))
+    _, *trees = split_model(model)
+    stored = stored_model(model, model_options, labels)
+    with CheckpointFolder(tmp_path / "run/checkpoints") as folder:
+        part = {**stored.part, "description": stored.description.to_json()}
+        folder.save(1, {"model": part}, mean_iou=None)
+    target = str(tmp_path / "x.safetensors")
+    export.run(str(tmp_path / "run"), format="safetensors", output=target)
+    again = convert.run([target], family="caffe", labels=labels, output=str(tmp_path / "again"))
+    found = flatten(read_stored(again, step="best").part["params"])
+    wanted = flatten(trees[0])
+    assert found.keys() == wanted.keys()
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+    empty = split_model(PSPNet(model_options, 7, rng=np.random.default_rng(1)))[1:]
+    new, _ = start_from(target, *empty, model=model_options, label_set=load_label_set(labels))
+    np.testing.assert_array_equal(new["head"]["conv"]["kernel"], wanted["head.conv.kernel"])
 
 
 def test_only_caffes_networks_go_into_caffes_format(tmp_path, labels):

@@ -21,6 +21,7 @@ from pspnet_jax.arrays import IGNORE_LABEL
 from pspnet_jax.catalog import LabelSet, load_label_set
 from pspnet_jax.checkpoint import CheckpointFolder
 from pspnet_jax.config import to_json
+from pspnet_jax.data.layouts import DataError
 from pspnet_jax.metrics import ImageScore, confusion_matrix
 from pspnet_jax.parallel import make_mesh
 from pspnet_jax.protocols import PROTOCOLS, choose, override
@@ -565,3 +566,33 @@ def test_200_sizes_on_one_and_on_eight_devices():
     assert one.confusion.sum() == sum((source[i].labels != 255).sum() for i in range(200))
     np.testing.assert_array_equal(one.confusion, eight.confusion)
     assert [image.index for image in eight.images] == list(range(200))
+
+
+@pytest.mark.parametrize(
+    ("failures", "kinds"),
+    [
+        ([DataError("a"), None], [DataError, DataError]),
+        ([None, DataError("a"), DataError("b")], [DataError] * 3),
+        ([DataError("a"), OSError("b"), None], [RuntimeError, OSError, RuntimeError]),
+        ([MemoryError(), None], [MemoryError, RuntimeError]),  # which says nothing of itself
+    ],
+    ids=repr,
+)
+def test_of_several_processes_all_or_none_can_go_on(failures, kinds, monkeypatch):
+    """A training goes on after a DataError, and every process must."""
+
+    def fail(error):
+        def part(*_, **__):
+            if error is not None:
+                raise error
+            return evaluate.Part(np.zeros((11, 11), np.int64))
+
+        return part
+
+    said = [repr(error).encode() if error else b"" for error in failures]
+    monkeypatch.setattr(evaluate.parallel, "gather", lambda mine: said)
+    for error, kind in zip(failures, kinds, strict=True):
+        monkeypatch.setattr(evaluate, "evaluate_part", fail(error))
+        with pytest.raises(kind) as caught:
+            evaluate.evaluate(Oracle(), ExampleSource(2), protocol=WHOLE, batch_size=1)
+        assert type(caught.value) is kind

@@ -125,6 +125,9 @@ def test_masks_that_are_read_otherwise_are_another_evaluation(data, tmp_path, ca
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["data"]["root"] == str(elsewhere)
     assert "did you mean 'data.root'?" in fails(capsys, [*argv, "--config.data.rot=x"], code=2)
+    # The last --checkpoint counts, for the data as for the weights.
+    first = [argv[0], "--checkpoint=elsewhere", "-checkpoint", str(workdir), *argv[2:]]
+    assert main([*first, f"--output={tmp_path / 'out'}"]) == 0
     (workdir / "config.json").write_text("{")
     assert "config.json: Expecting property name" in fails(capsys, argv, code=2)
 
@@ -263,6 +266,12 @@ def test_of_an_option_that_is_given_twice_the_last_one_counts(capsys, tmp_path):
     text = fails(capsys, argv, code=1)
     assert "model.pyramid_bins=(0, 6) must be" in text
     assert "crop_size" not in text
+
+
+def test_a_config_file_may_end_in_config(capsys, tmp_path):
+    (tmp_path / "my-config.py").write_text(Path(CONFIG).read_text())
+    text = fails(capsys, [f"--config={tmp_path / 'my-config.py'}", "--foo=1"], code=2)
+    assert "Unknown command line flag 'foo'" in text
 
 
 def test_options_of_the_config_as_two_words_or_with_one_dash(capsys, run, data):

@@ -316,6 +316,8 @@ def test_a_changed_label_set_is_said(data, tmp_path):
         return tiny(data, data__labels=str(tmp_path / "mine.csv"), train__num_steps=1)
 
     train(labels(1), tmp_path / "run")
+    evaluation = CheckpointFolder(tmp_path / "run/checkpoints").record(1).evaluation
+    assert evaluation == f"val-whole {load_label_set(str(tmp_path / 'mine.csv')).digest}"
     train(labels(2, void="11 77"), tmp_path / "run")
     said = (tmp_path / "run/log.txt").read_text()
     assert "a changed label set: color of 0: (1, 0, 0) -> (2, 0, 0), color of 1:" in said

@@ -10,6 +10,7 @@
   metadata.json in it says what it was made of, and both writing again and reading check that.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -148,6 +149,11 @@ class PreparedSource:
             raise DataError(
                 f"{error}\n  stored in {self._file(index)}; mend the file and prepare again"
             ) from None
+
+    @functools.cached_property
+    def names(self) -> list[str]:
+        """What people call the examples; all records are read for it once."""
+        return [self.record(index)[0].name for index in range(len(self))]
 
     def record(self, index: int) -> tuple[Pair, bytes, bytes]:
         """The names of one example's files, and the contents of its image and of its mask.

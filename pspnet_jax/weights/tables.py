@@ -7,7 +7,7 @@ Lextal/pspnet-pytorch; of torchvision's ResNets and those with a deep stem.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -230,16 +230,21 @@ class Order(NamedTuple):
     map_first: bool = True
 
 
-def read(family: str | None, bins: Sequence[int], arrays: Mapping[str, np.ndarray]) -> Weights:
-    """The tensors of a file by our paths, for a network with these bins.
+def order_of(options: Mapping[str, Any]) -> Order:
+    """That of a network with these options."""
+    return Order(options["pyramid_bins"], options["pyramid_map_first"])
 
-    Caffe's names say the bins, and its head takes the widest levels first: they are put into the order of `bins`.
+
+def read(family: str | None, order: Order, arrays: Mapping[str, np.ndarray]) -> Weights:
+    """The tensors of a file by our paths, for a network whose head takes the pyramid in this order.
+
+    Caffe's names say the bins, and its head takes the widest levels first: they are put into the order.
     """
-    weights = rename(arrays, of_file(family, bins, arrays))
+    weights = rename(arrays, of_file(family, order.bins, arrays))
     if family != "caffe":
         return weights
-    ordered = in_order(weights.arrays, Order(caffe_order(bins)), Order(tuple(bins)))
-    return replace(weights, arrays=ordered)
+    theirs = order._replace(bins=caffe_order(order.bins))
+    return replace(weights, arrays=in_order(weights.arrays, theirs, order))
 
 
 def caffe_order(bins: Sequence[int]) -> tuple[int, ...]:

@@ -234,8 +234,9 @@ def run(
 
     Args:
         checkpoint: folder of a run or of a converted model, a file, or a shipped name (see `load`).
-        config: where the data is; None: the run's own; without `data.labels` masks are read as in training. Of its section `evaluate` only split,
-            batch_size and canvas_gib are used, the protocol is the checkpoint's or the arguments'.
+        config: where the data is; None: the run's own; without `data.labels` masks are read as in training. Of
+            its section `evaluate` only split, batch_size and canvas_gib are used, the protocol is the checkpoint's
+            or the arguments'.
         protocol: by name; None: the checkpoint's own.
         protocol_options: override the protocol's; None values do not.
         passes: `batch_size` and `canvas_gib` instead of the config's.

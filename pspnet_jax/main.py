@@ -20,18 +20,9 @@ from typing import NoReturn
 
 from absl import flags
 
+from pspnet_jax.command_words import expanded, lacks_config, last_of_each, options_of, word_of
 from pspnet_jax.config import option_names
-from pspnet_jax.verbs import (
-    MISSING_CONFIG,
-    OPTION,
-    USED_OPTIONS,
-    VERBS,
-    Verb,
-    overview,
-    value,
-    verb_help,
-    word_of,
-)
+from pspnet_jax.verbs import MISSING_CONFIG, USED_OPTIONS, VERBS, Verb, overview, value, verb_help
 from pspnet_jax.version import __version__
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -54,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     named = bool(argv) and not argv[0].startswith("-")
     name, rest = (argv[0], argv[1:]) if named else ("train", argv)
-    rest = _last_of_each(list(map(_expanded, rest)))
+    rest = last_of_each([*map(expanded, rest)])
     if name not in VERBS:
         return _fail(2, f"unknown verb '{name}'{_nearest(name, list(VERBS))}\n\n{overview()}")
     verb = VERBS[name]
@@ -78,35 +69,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _run(verb, values, words)
 
 
-def _expanded(word: str) -> str:
-    """--workdir=~/runs: shells leave a ~ behind = as it is."""
-    name, equals, value = word.partition("=")
-    is_path = name.startswith("-") and value.startswith("~")
-    return f"{name}={os.path.expanduser(value)}" if equals and is_path else word
-
-
-def _last_of_each(argv: list[str]) -> list[str]:
-    """Without options of the config that are given again further on: of tuples ConfigDict would join all."""
-    seen: set[str] = set()
-    kept: list[str] = []
-    for i in reversed(range(len(argv))):
-        match = OPTION.match(argv[i])
-        if match and match[1] in seen:
-            if "=" not in argv[i] and i + 1 < len(argv) and not argv[i + 1].startswith("-"):
-                kept.pop()  # its value, the next word
-            continue
-        if match:
-            seen.add(match[1])
-        kept.append(argv[i])
-    return kept[::-1]
-
-
 def _refuse_unused_options(verb: str, argv: list[str]) -> None:
     """Some verbs take only the data from a config; the rest of it must not be changed in vain."""
-    used = USED_OPTIONS.get(verb)
-    named = [f"--config.{match[1]}" for match in map(OPTION.match, argv) if match]
-    unused = [name for name in named if used and not name.startswith(used)]
-    if not used or not unused:
+    if verb not in USED_OPTIONS:
+        return
+    used = USED_OPTIONS[verb]
+    named = [f"--config.{name}" for name in options_of(argv)]
+    unused = [name for name in named if not name.startswith(used)]
+    if not unused:
         return
     takes = ", ".join(
         option.removeprefix("--config.").replace("data.", "data.*") for option in used
@@ -185,11 +155,11 @@ def _explain(error: Exception, argv: list[str]) -> str:
     if "has no attribute 'get_config'" in str(error):
         return f"{word_of(argv, 'config')} has no function get_config(), as configs/scenes.py has"
     text = str(inner.args[0]) if isinstance(inner, KeyError) and inner.args else str(inner)
-    for match in filter(None, map(OPTION.match, argv)):
-        if match[1] not in option_names():
-            return f"unknown option --config.{match[1]}{_nearest(match[1], option_names())}"
-    is_missing = any(map(OPTION.match, argv)) and word_of(argv, "config") is None
-    return MISSING_CONFIG if is_missing and isinstance(error, flags.UnrecognizedFlagError) else text
+    for name in options_of(argv):
+        if name not in option_names():
+            return f"unknown option --config.{name}{_nearest(name, option_names())}"
+    is_missing = lacks_config(argv) and isinstance(error, flags.UnrecognizedFlagError)
+    return MISSING_CONFIG if is_missing else text
 
 
 def _nearest(name: str, known: list[str]) -> str:

@@ -4,7 +4,6 @@
   of its name, which is imported when it runs.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 from ml_collections.config_dict import placeholder
 
+from pspnet_jax.command_words import lacks_config, word_of
 from pspnet_jax.config import from_json, option_lines
 
 # Of a config, where a verb does not use all of it. `check` takes any option, so that the command of a
@@ -27,8 +27,6 @@ USED_OPTIONS = {
     ),
     "prepare": ("--config.data.", "--config.evaluate.split"),
 }
-OPTION = re.compile(r"--?(?:no)?config\.([\w.]+)")
-"""Of a config, as absl takes it: with one dash or two, the value behind '=' or in the next word."""
 MISSING_CONFIG = "--config=FILE is missing, e.g. --config=configs/scenes.py"
 
 
@@ -368,9 +366,8 @@ def _define_config_or_runs_own(values: flags.FlagValues, argv: list[str]) -> Non
     """Without --config its options change the config of the checkpoint's run, but for how masks are read, which the
     checkpoint itself says."""
     checkpoint = word_of(argv, "checkpoint")
-    is_changed = any(map(OPTION.match, argv)) and word_of(argv, "config") is None
     path = Path(checkpoint or "") / "config.json"
-    if not is_changed or not checkpoint or not path.is_file():
+    if not lacks_config(argv) or not checkpoint or not path.is_file():
         _define_config(values, argv)
         return
     try:
@@ -380,15 +377,6 @@ def _define_config_or_runs_own(values: flags.FlagValues, argv: list[str]) -> Non
     with config.ignore_type():
         config.data.labels = placeholder(str)
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
-
-
-def word_of(argv: list[str], flag: str) -> str | None:
-    """What stands behind a flag, as one word or two; the last one where it is given twice, as absl takes it."""
-    for i in reversed(range(len(argv))):
-        name, equals, text = argv[i].partition("=")
-        if name in (f"--{flag}", f"-{flag}"):
-            return text if equals else next(iter(argv[i + 1 : i + 2]), None)
-    return None
 
 
 def _define_distributed(values: flags.FlagValues) -> None:

@@ -55,7 +55,7 @@ LAYERS = [
         "export",
     ],
     ["run", "compose", "train"],
-    ["verbs", "main"],
+    ["command_words", "verbs", "main"],
     ["__init__"],
 ]
 # Within a folder, in the order of the flow.

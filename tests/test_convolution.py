@@ -196,6 +196,29 @@ def test_what_winograd_makes_of_maps_is_not_kept_for_the_backward_pass(monkeypat
     assert ours < 0.8 * temporary_bytes()
 
 
+def wide_step(monkeypatch, most):
+    """Value and gradients of a convolution of 300 channels, at most so many at once; its temporaries in bytes."""
+    monkeypatch.setattr(convolution, "_MOST_CHANNELS", most)
+    x = drawn(1, 16, 16, 300, dtype=jnp.float32)
+    kernel = drawn(3, 3, 300, 128, dtype=jnp.float32, seed=1)
+
+    def loss(x, kernel):
+        return jnp.sum(convolve(x, kernel, platform="cpu") ** 2)
+
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    compiled = programs.compile_step(step, x, kernel, platform="cpu")
+    value, gradients = compiled(x, kernel)
+    return [value, *gradients], compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_wide_maps_are_taken_in_groups_of_channels(monkeypatch):
+    """Groups of 128, 128 and 44: the same values, in less memory because one comes after the other."""
+    expected, whole = wide_step(monkeypatch, most=300)
+    found, parts = wide_step(monkeypatch, most=128)
+    assert_close(found, expected, relative=1e-5)
+    assert parts < 0.85 * whole
+
+
 def test_where_all_forms_are_plain_forward_mode_is_there():
     x, kernel = drawn(1, 4, 4, 3, dtype=jnp.float32), drawn(3, 3, 3, 2, dtype=jnp.float32)
     _, moved = jax.jvp(lambda x: convolve(x, kernel, platform="cpu"), (x,), (x,))

@@ -25,6 +25,9 @@ Parts = Float[jax.Array, "_parts _height _width _channels"]
 Form = Callable[[Features, Kernel, int], Features]
 """(map, kernel, dilation) -> map of the same size: a convolution at stride 1."""
 
+_MOST_CHANNELS = 1024
+"""Input channels that `winograd` takes at once: what it makes of a map is four times the map."""
+
 
 def check_platform(platform: Platform) -> None:
     """Raise ValueError for a name that would silently mean the plain forms ('cuda')."""
@@ -49,9 +52,24 @@ def convolve(
         return matrix_product(x[:, ::stride, ::stride], kernel)
     if stride == 1 and is_static(*x.shape):
         arguments = (x, kernel, dilation, platform)
-        if (_form_of_value(*arguments), _form_of_kernel_gradient(*arguments)) != (direct, direct):
+        forms = {_form_of_value(*arguments), _form_of_kernel_gradient(*arguments)}
+        if winograd in forms:
+            return _convolve_in_parts(*arguments)
+        if forms != {direct}:
             return _convolve(*arguments)
     return direct(x, kernel, dilation, stride=stride)
+
+
+def _convolve_in_parts(x: Features, kernel: Kernel, dilation: int, platform: Platform) -> Features:
+    """A sum over groups of input channels, so that what `winograd` makes of one is gone before the next."""
+    cuts = tuple(range(_MOST_CHANNELS, x.shape[3], _MOST_CHANNELS))
+    maps, kernels = jnp.split(x, cuts, axis=3), jnp.split(kernel, cuts, axis=2)
+    y = _convolve(maps[0], kernels[0], dilation, platform)
+    for part, part_kernel in zip(maps[1:], kernels[1:], strict=True):
+        # Its gradient is a barrier, too: the backward pass also takes one group after the other.
+        part, y = jax.lax.optimization_barrier((part, y))
+        y = y + _convolve(part, part_kernel, dilation, platform)
+    return y
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -62,8 +62,9 @@ def convolve(
 
 def _convolve_in_parts(x: Features, kernel: Kernel, dilation: int, platform: Platform) -> Features:
     """A sum over groups of input channels, so that what `winograd` makes of one is gone before the next."""
-    cuts = tuple(range(_MOST_CHANNELS, x.shape[3], _MOST_CHANNELS))
-    maps, kernels = jnp.split(x, cuts, axis=3), jnp.split(kernel, cuts, axis=2)
+    num_groups = -(-x.shape[3] // _MOST_CHANNELS)
+    maps = jnp.array_split(x, num_groups, axis=3)
+    kernels = jnp.array_split(kernel, num_groups, axis=2)
     y = _convolve(maps[0], kernels[0], dilation, platform)
     for part, part_kernel in zip(maps[1:], kernels[1:], strict=True):
         # Its gradient is a barrier, too: the backward pass also takes one group after the other.

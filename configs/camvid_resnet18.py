@@ -13,7 +13,7 @@ From there at 8, with larger crops:
         --config.train.num_steps=900 --config.train.evaluate_every_steps=300
 
 On the 101 validation photographs: mean IoU 0.659, pixel accuracy 0.920 (without mirror images 0.644, 0.915; with
---config.seed=1 0.651, 0.918); after the first part 0.609. Published from-scratch figures of other networks, 46 to 67 on the
+--config.seed=1 and other names 0.651, 0.918); after the first part 0.609. Published from-scratch figures of other networks, 46 to 67 on the
 test split, come from 500 to 1000 epochs; this is 161.
 
 One H200 gives 0.696 in 2:15 minutes (bfloat16, 5,000 steps of 16 crops of 353, all at 8): the command stands in

@@ -260,6 +260,7 @@ def run_all(arguments: argparse.Namespace) -> None:
         report["data"] = data_rates(launcher, crop=crop, rounds=arguments.rounds)
     benchmark_report.write(output, report)
     print(f"written: {output / 'results.md'}, {output / 'results.json'}")
+    benchmark_report.exit_if_failed(report)
 
 
 def macs_of(launcher: Launcher, task: Task) -> tuple[int, int]:

@@ -10,7 +10,7 @@ them; compile seconds are those of a busy machine. Then, in this order, as far a
 * the training step of PSPNet-50 and PSPNet-101, 16 crops of 473, and the forward pass of PSPNet-50
   for 1 and 32 images: ours, and PyTorch compiled (channels-last, bfloat16 autocast);
 * with --more, for PSPNet-50, the same with XLA's fusion of convolutions, the forward pass with logits in float32 (else
-  both sides give bfloat16) and by PyTorch eager;
+  both sides give bfloat16), by PyTorch in CUDA graphs and eager;
 * the kernels of our step and forward pass, and the memory they need in a process that finds them compiled;
 * the rate of matrix products.
 
@@ -22,6 +22,7 @@ import concurrent.futures
 import dataclasses
 import os
 import platform
+import shutil
 import time
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from checkout import commit_of_checkout
 
 FUSION = "ours, conv fusion"
 COMPILED, EAGER = "PyTorch, compiled", "PyTorch, eager channels-last"
+GRAPHS = "PyTorch, compiled, CUDA graphs"
 XLA_FLAGS = {FUSION: "--xla_gpu_experimental_enable_conv_fusion=true"}
 MEASURING_SHARE = 0.35  # of the minutes, kept back when programs are compiled
 THREADS_OF_PYTORCH = 6  # that compile, of each process
@@ -42,7 +44,7 @@ def groups(backbones: tuple[str, ...], **shape) -> dict[str, dict[str, Task]]:
     """What is compared -> column -> task; the columns that matter most come first."""
     small, large = backbones
     both = (OURS, COMPILED)
-    more = (*both, FUSION, WIDE, EAGER) if shape["more"] else both
+    more = (*both, FUSION, WIDE, GRAPHS, EAGER) if shape["more"] else both
     asked = {
         "training step": [(small, shape["batch"], more[:3]), (large, shape["batch"], both)],
         "forward": [(small, batch, more) for batch in (1, shape["forward_batch"])],
@@ -68,7 +70,7 @@ def groups(backbones: tuple[str, ...], **shape) -> dict[str, dict[str, Task]]:
 class Run:
     """The report, and the processes that it comes from."""
 
-    def __init__(self, output: Path, *, small: bool, minutes: float):
+    def __init__(self, output: Path, shape: dict, *, small: bool, minutes: float):
         output.mkdir(parents=True, exist_ok=True)
         self.output, self.small = output, small
         self.end = time.monotonic() + 60 * minutes
@@ -83,8 +85,8 @@ class Run:
             "versions": {},
             "settings": {
                 "backbone": "PSPNet",
-                "width": 64,
-                "num_classes": 150,
+                "width": shape["width"],
+                "num_classes": shape["num_classes"],
                 "small": str(small),
             },
             "agreement": {},
@@ -224,20 +226,22 @@ def main() -> None:
     parser.add_argument("--more", action="store_true", help="more columns, more device memory")
     arguments = parser.parse_args()
     small = arguments.small
-    found = groups(
-        ("resnet10", "resnet18") if small else ("resnet50", "resnet101"),
-        platform="cpu" if small else "gpu",
-        width=4 if small else 64,
-        num_classes=5 if small else 150,
-        crop=33 if small else 473,
-        batch=2 if small else 16,
-        forward_batch=2 if small else 32,
-        more=arguments.more,
-    )
+    if not small and shutil.which("nvidia-smi") is None:
+        parser.error("no NVIDIA driver here (nvidia-smi is not found); --small runs on the CPU")
+    backbones = ("resnet10", "resnet18") if small else ("resnet50", "resnet101")
+    shape = {
+        "platform": "cpu" if small else "gpu",
+        "width": 4 if small else 64,
+        "num_classes": 5 if small else 150,
+        "crop": 33 if small else 473,
+        "batch": 2 if small else 16,
+        "forward_batch": 2 if small else 32,
+    }
+    found = groups(backbones, **shape, more=arguments.more)
     found = {name: tasks for name, tasks in found.items() if arguments.only in name}
     if not found:
         parser.error(f"--only={arguments.only}: no group has this in its name, such as 'forward'")
-    run = Run(arguments.output, small=small, minutes=arguments.minutes)
+    run = Run(arguments.output, shape, small=small, minutes=arguments.minutes)
     try:
         run.prepare(found)
         run.measure(arguments.rounds)
@@ -249,6 +253,7 @@ def main() -> None:
         run.report["ceiling"] = ceiling(run.launcher, any_task, ours_only=False)
         run.write()
     print((arguments.output / "results.md").read_text())
+    benchmark_report.exit_if_failed(run.report)
 
 
 if __name__ == "__main__":

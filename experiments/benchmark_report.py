@@ -95,6 +95,18 @@ def markdown(report: dict) -> str:
     return "\n".join(text)
 
 
+def exit_if_failed(report: dict) -> None:
+    """Raise SystemExit with what failed in which column, if anything did."""
+    failed = [
+        f"{name}: {column}: {row['error']}"
+        for name, group in report["groups"].items()
+        for column, row in group["columns"].items()
+        if "error" in row
+    ]
+    if failed:
+        raise SystemExit("\n".join(["Not measured:", *failed]))
+
+
 def _ceiling_line(ceiling: dict) -> str:
     sides = []
     for side, rates in ceiling["sides"].items():

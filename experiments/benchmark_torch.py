@@ -210,7 +210,8 @@ def _inference(task: Task) -> Callable[[Tensor], Tensor]:
         from torch._inductor import config  # slow to import, and needed only here
 
         config.freezing = True
-        model = torch.compile(model, dynamic=False)
+        mode = "reduce-overhead" if "graphs" in task.column else "default"
+        model = torch.compile(model, dynamic=False, mode=mode)
 
     def run(images: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):

@@ -164,10 +164,13 @@ class Worker:
         timer = threading.Timer(seconds or threading.TIMEOUT_MAX, self._process.kill)
         timer.daemon = True
         timer.start()
+        start = time.monotonic()
         try:
             self.facts = self._reply()
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, WorkerError) and seconds and time.monotonic() - start >= seconds:
+                raise WorkerError(f"not ready after {seconds:.3g} s") from None
             raise
         finally:
             timer.cancel()

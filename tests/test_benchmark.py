@@ -168,6 +168,20 @@ def test_process_that_fails_says_why(tmp_path):
         Worker(task, log=tmp_path / "log", environment={})
 
 
+def test_process_that_takes_too_long_is_ended(tmp_path):
+    task = Task("benchmark_jax", "ours", "forward", "cpu")
+    with pytest.raises(WorkerError, match="not ready after 0.1 s"):
+        Worker(task, log=tmp_path / "log", environment={}, seconds=0.1)
+
+
+def test_columns_that_were_not_measured_fail_the_command():
+    columns = {"ours": {"seconds": [1.0]}, "PyTorch": {"seconds": [2.0]}}
+    benchmark_report.exit_if_failed({"groups": {"forward": {"columns": columns}}})
+    columns["PyTorch"] = {"error": "no module named 'torch'"}
+    with pytest.raises(SystemExit, match="forward: PyTorch: no module named 'torch'"):
+        benchmark_report.exit_if_failed({"groups": {"forward": {"columns": columns}}})
+
+
 def run(script, output, *arguments):
     command = [sys.executable, EXPERIMENTS / f"{script}.py", "--small", f"--output={output}"]
     ran = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)

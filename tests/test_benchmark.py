@@ -170,7 +170,7 @@ def test_process_that_fails_says_why(tmp_path):
 
 def test_process_that_takes_too_long_is_ended(tmp_path):
     task = Task("benchmark_jax", "ours", "forward", "cpu")
-    with pytest.raises(WorkerError, match="not ready after 0.1 s"):
+    with pytest.raises(WorkerError, match=r"not ready after 0\.1 s"):
         Worker(task, log=tmp_path / "log", environment={}, seconds=0.1)
 
 

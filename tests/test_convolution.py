@@ -147,9 +147,12 @@ def test_splitting_is_undone(size):
     np.testing.assert_array_equal(split[16, 0, 0], x[1, 0, 0])  # the batch stays outermost
 
 
-@pytest.mark.parametrize(("platform", "channels", "dilation"), [("cpu", 128, 2), ("gpu", 4, 2)])
-def test_a_split_batch_stays_split(platform, channels, dilation):
-    """Every device convolves its own images: only the gradient of the kernel is added up."""
+@pytest.mark.parametrize(
+    ("platform", "channels", "dilation"), [("cpu", 128, 2), ("cpu", 258, 1), ("gpu", 4, 2)]
+)
+def test_a_split_batch_stays_split(platform, channels, dilation, monkeypatch):
+    """Every device convolves its own images, in groups of channels or not: only the gradient of the kernel is added up."""
+    monkeypatch.setattr(convolution, "_MOST_CHANNELS", 130)
     mesh = parallel.make_mesh()
     x = drawn(8, 8, 8, channels, dtype=jnp.float32)
     kernel = drawn(3, 3, channels, channels, dtype=jnp.float32, seed=1)
@@ -217,6 +220,16 @@ def test_wide_maps_are_taken_in_groups_of_channels(monkeypatch):
     found, parts = wide_step(monkeypatch, most=130)
     assert_close(found, expected, relative=1e-5)
     assert parts < 0.85 * whole
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(1024, 1), (1025, 2), (2048, 2), (2049, 3)])
+def test_a_group_has_at_most_1024_channels(channels, groups):
+    shapes = (
+        jax.ShapeDtypeStruct((1, 30, 30, channels), jnp.float32),
+        jax.ShapeDtypeStruct((3, 3, channels, 512), jnp.float32),
+    )
+    text = str(jax.make_jaxpr(functools.partial(convolve, platform="cpu"))(*shapes))
+    assert text.count("optimization_barrier") == groups - 1
 
 
 def test_where_all_forms_are_plain_forward_mode_is_there():

@@ -26,7 +26,7 @@ Form = Callable[[Features, Kernel, int], Features]
 """(map, kernel, dilation) -> map of the same size: a convolution at stride 1."""
 
 _MOST_CHANNELS = 1024
-"""Input channels that `winograd` takes at once: what it makes of a map is four times the map."""
+"""Most input channels that `winograd` takes at once: what it makes of a map is four times the map."""
 
 
 def check_platform(platform: Platform) -> None:
@@ -61,13 +61,16 @@ def convolve(
 
 
 def _convolve_in_parts(x: Features, kernel: Kernel, dilation: int, platform: Platform) -> Features:
-    """A sum over groups of input channels, so that what `winograd` makes of one is gone before the next."""
+    """A sum over groups of input channels, so that what `winograd` makes of one is gone before the next.
+
+    That is so in a training step, where `programs.compile_step` keeps the barriers.
+    """
     num_groups = -(-x.shape[3] // _MOST_CHANNELS)
     maps = jnp.array_split(x, num_groups, axis=3)
     kernels = jnp.array_split(kernel, num_groups, axis=2)
     y = _convolve(maps[0], kernels[0], dilation, platform)
     for part, part_kernel in zip(maps[1:], kernels[1:], strict=True):
-        # Its gradient is a barrier, too: the backward pass also takes one group after the other.
+        # Its gradient is a barrier, too: that of a group's map is there before the next group's is begun.
         part, y = jax.lax.optimization_barrier((part, y))
         y = y + _convolve(part, part_kernel, dilation, platform)
     return y

@@ -226,8 +226,6 @@ def main() -> None:
     parser.add_argument("--more", action="store_true", help="more columns, more device memory")
     arguments = parser.parse_args()
     small = arguments.small
-    if not small and shutil.which("nvidia-smi") is None:
-        parser.error("no NVIDIA driver here (nvidia-smi is not found); --small runs on the CPU")
     backbones = ("resnet10", "resnet18") if small else ("resnet50", "resnet101")
     shape = {
         "platform": "cpu" if small else "gpu",
@@ -241,6 +239,8 @@ def main() -> None:
     found = {name: tasks for name, tasks in found.items() if arguments.only in name}
     if not found:
         parser.error(f"--only={arguments.only}: no group has this in its name, such as 'forward'")
+    if not small and shutil.which("nvidia-smi") is None:
+        parser.error("no NVIDIA driver here (nvidia-smi is not found); --small runs on the CPU")
     run = Run(arguments.output, shape, small=small, minutes=arguments.minutes)
     try:
         run.prepare(found)

@@ -403,7 +403,10 @@ class Run:
                 if before[name] != new[name] and name != "init_from"  # read at step 0 only
             ]
             if changed:
-                log.warning("going on with changed options:\n  %s", "\n  ".join(changed))
+                log.warning(
+                    "going on with changed options (another --config.name or --workdir begins a new run):\n  %s",
+                    "\n  ".join(changed),
+                )
         if jax.process_index() == 0:
             write_whole(path, text)
 

@@ -139,7 +139,7 @@ class Worker:
         seconds: it may take to prepare; None is no limit.
 
     Raises:
-        WorkerError: with the last line of the log, where the task fails or takes longer.
+        WorkerError: with the last line of the log where the task fails; where it takes longer, with the seconds.
     """
 
     def __init__(
